@@ -1,0 +1,105 @@
+"""Everything cfstore raises on purpose.
+
+    StoreError
+    ├── StoreNotFoundError        no store at this path
+    ├── StoreFormatError          the directory is not a store this version reads
+    ├── StoreBusyError            another process holds the write lock
+    ├── SlideNotFoundError        no such slide, scale, encoder or cohort (also KeyError)
+    ├── QueryError                SQL that is refused or fails (also ValueError)
+    └── SourceError               an input file or folder is not usable (also ValueError)
+        ├── LayoutError           the folder matches no known layout, or several
+        ├── UnreadableFileError   truncated, not HDF5, or a pickle that is not plain tensors
+        ├── MissingDatasetError   no `features` in the file
+        ├── MissingScaleError     neither folder, file nor option says the scale
+        ├── EmptyBagError         no patch in the bag
+        ├── NonFiniteError        NaN or Inf among the features
+        ├── ShapeError            features, coords or the encoder's dimension disagree
+        ├── PrecisionError        values the chosen dtype cannot hold
+        ├── DuplicateBagError     two files for one slide and scale, or a changed source
+        ├── ClinicalError         a clinical table that cannot be understood
+        └── SplitsError           fold files that cannot be used
+            └── LeakageError      a patient on both sides of a fold
+
+Messages name the file or the slide, what was found, and what to do, in one line.
+"""
+
+from __future__ import annotations
+
+
+class StoreError(Exception):
+    """Base of every error that cfstore raises on purpose."""
+
+
+class StoreNotFoundError(StoreError):
+    """There is no store at the given path."""
+
+
+class StoreFormatError(StoreError):
+    """The directory is not a store, or one of a format this version does not read."""
+
+
+class StoreBusyError(StoreError):
+    """Another process is registering in this store and did not finish in time."""
+
+
+class SlideNotFoundError(StoreError, KeyError):
+    """The store holds no such slide, scale, encoder or cohort."""
+
+    def __str__(self) -> str:  # KeyError would print the message quoted
+        return str(self.args[0]) if self.args else ""
+
+
+class QueryError(StoreError, ValueError):
+    """The SQL statement is refused (it writes, or reaches outside the store) or fails."""
+
+
+class SourceError(StoreError, ValueError):
+    """An input file or folder cannot be used as it is."""
+
+
+class LayoutError(SourceError):
+    """The folder matches no known layout, or more than one."""
+
+
+class UnreadableFileError(SourceError):
+    """The file is truncated, of another format, or would need unsafe unpickling."""
+
+
+class MissingDatasetError(SourceError):
+    """The file holds no `features`."""
+
+
+class MissingScaleError(SourceError):
+    """Neither folder, file nor option says at which scale the patches were cut."""
+
+
+class EmptyBagError(SourceError):
+    """The bag holds no patch."""
+
+
+class NonFiniteError(SourceError):
+    """The features hold NaN or Inf."""
+
+
+class ShapeError(SourceError):
+    """Shapes disagree: features against coords, or against the encoder's other slides."""
+
+
+class PrecisionError(SourceError):
+    """The chosen dtype cannot hold the values."""
+
+
+class DuplicateBagError(SourceError):
+    """Two files claim one slide and scale, or a source changed after it was ingested."""
+
+
+class ClinicalError(SourceError):
+    """The clinical table cannot be understood."""
+
+
+class SplitsError(SourceError):
+    """The fold files cannot be used."""
+
+
+class LeakageError(SplitsError):
+    """A patient is in both train and val of one fold."""
