@@ -1,0 +1,72 @@
+"""Multi-scale patch embeddings in a verified, compressed store with SQL over patients and slides.
+
+>>> import cfstore                                        # doctest: +SKIP
+>>> store = cfstore.open("cfstore-data")                  # doctest: +SKIP
+>>> store.sql("SELECT cohort, count(*) FROM slides GROUP BY cohort")  # doctest: +SKIP
+>>> store.slide("TCGA-...").bags[20].features             # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from cfstore.cohort import Cohort, CohortSlide
+from cfstore.errors import (
+    ClinicalError,
+    DuplicateBagError,
+    EmptyBagError,
+    LayoutError,
+    LeakageError,
+    MissingDatasetError,
+    MissingScaleError,
+    NonFiniteError,
+    PrecisionError,
+    QueryError,
+    ShapeError,
+    SlideNotFoundError,
+    SourceError,
+    SplitsError,
+    StoreBusyError,
+    StoreError,
+    StoreFormatError,
+    StoreNotFoundError,
+    UnreadableFileError,
+)
+from cfstore.reader import SlideReader
+from cfstore.splits import Fold, SplitSet, make_folds
+from cfstore.store import IngestOptions, Store, plan_ingest
+from cfstore.store import open_store as open  # noqa: A004 - `cfstore.open(path)` is the contract
+from cfstore.types import SCALES, Bag, SlideBags
+
+__all__ = [
+    "SCALES",
+    "Bag",
+    "ClinicalError",
+    "Cohort",
+    "CohortSlide",
+    "DuplicateBagError",
+    "EmptyBagError",
+    "Fold",
+    "IngestOptions",
+    "LayoutError",
+    "LeakageError",
+    "MissingDatasetError",
+    "MissingScaleError",
+    "NonFiniteError",
+    "PrecisionError",
+    "QueryError",
+    "ShapeError",
+    "SlideBags",
+    "SlideNotFoundError",
+    "SlideReader",
+    "SourceError",
+    "SplitSet",
+    "SplitsError",
+    "Store",
+    "StoreBusyError",
+    "StoreError",
+    "StoreFormatError",
+    "StoreNotFoundError",
+    "UnreadableFileError",
+    "make_folds",
+    "open",
+    "plan_ingest",
+]

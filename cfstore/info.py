@@ -1,0 +1,119 @@
+"""What is in a store, in numbers and names: cohorts, labels that miss a slide, slides that miss a label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from cfstore.catalog import SLIDE_LABELS_PREFIX, connect
+from cfstore.schema import FEATURES_DIR, TABLES_DIR, read_header
+
+_LABELLED = "patients.time_months IS NOT NULL AND patients.event IS NOT NULL"
+_JOINED = (
+    "slides LEFT JOIN patients ON patients.cohort = slides.cohort AND patients.patient_id = slides.patient_id"
+)
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """Counts and lists for `cfstore info`; every list is complete."""
+
+    path: str
+    uuid: str
+    created: str
+    stored_bytes: int
+    cohorts: list[dict[str, Any]]
+    encoders: list[dict[str, Any]]
+    splits: list[dict[str, Any]]
+    slides_without_label: list[dict[str, Any]]
+    labels_without_slide: list[dict[str, Any]]
+    slides_missing_scale: list[dict[str, Any]]
+    skipped: list[dict[str, Any]]
+
+
+def _rows(connection: duckdb.DuckDBPyConnection, query: str) -> list[dict[str, Any]]:
+    result = connection.execute(query)
+    names = [column[0] for column in result.description]
+    return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+
+
+def _labels_without_slide(connection: duckdb.DuckDBPyConnection, root: Path) -> list[dict[str, Any]]:
+    """Slides that a clinical table lists and the store lacks; patients, where a table lists no slides."""
+    files = [str(path) for path in (root / TABLES_DIR).glob(f"{SLIDE_LABELS_PREFIX}*.parquet")]
+    listed = (
+        f"SELECT cohort, patient_id, slide_id FROM read_parquet({files!r})"
+        if files
+        else "SELECT cohort, patient_id, NULL::VARCHAR AS slide_id FROM patients WHERE false"
+    )
+    return _rows(
+        connection,
+        f"""
+        WITH listed AS ({listed})
+        SELECT cohort, patient_id, slide_id FROM listed WHERE slide_id NOT IN (SELECT slide_id FROM slides)
+        UNION ALL
+        SELECT cohort, patient_id, NULL FROM patients
+        WHERE NOT EXISTS (SELECT 1 FROM listed
+                          WHERE listed.cohort = patients.cohort AND listed.patient_id = patients.patient_id)
+          AND NOT EXISTS (SELECT 1 FROM slides
+                          WHERE slides.cohort = patients.cohort AND slides.patient_id = patients.patient_id)
+        ORDER BY ALL""",
+    )
+
+
+def read_info(root: Path) -> StoreInfo:
+    """Gather everything `cfstore info` shows."""
+    header = read_header(root)
+    files = (root / FEATURES_DIR).rglob("*")
+    with connect(root) as connection:
+        return StoreInfo(
+            path=str(root),
+            uuid=header.uuid,
+            created=header.created,
+            stored_bytes=sum(path.stat().st_size for path in files if path.is_file()),
+            cohorts=_rows(
+                connection,
+                f"""
+                SELECT slides.cohort, count(*) AS n_slides, count(DISTINCT slides.patient_id) AS n_patients,
+                       count(*) FILTER ({_LABELLED}) AS n_labelled_slides,
+                       count(DISTINCT slides.patient_id) FILTER ({_LABELLED}) AS n_labelled_patients,
+                       count(DISTINCT slides.patient_id) FILTER ({_LABELLED} AND patients.event) AS n_events
+                FROM {_JOINED} GROUP BY slides.cohort ORDER BY slides.cohort""",
+            ),
+            encoders=_rows(
+                connection,
+                """
+                SELECT cohort, encoder, scale, any_value(dim) AS dim, any_value(dtype) AS dtype, count(*) AS n_slides,
+                       sum(n_patches)::BIGINT AS n_patches, max(n_patches) AS largest_bag, sum(bytes)::BIGINT AS bytes,
+                       max(max_abs_error) AS max_abs_error, max(rms_relative_error) AS rms_relative_error
+                FROM bags JOIN slides USING (slide_id)
+                GROUP BY cohort, encoder, scale ORDER BY cohort, encoder, scale""",
+            ),
+            splits=_rows(
+                connection,
+                """
+                SELECT cohort, name, count(DISTINCT fold) AS n_folds, count(DISTINCT patient_id) AS n_patients
+                FROM splits GROUP BY cohort, name ORDER BY cohort, name""",
+            ),
+            slides_without_label=_rows(
+                connection,
+                f"""
+                SELECT slides.cohort, slide_id, slides.patient_id,
+                       CASE WHEN slides.patient_id IS NULL THEN 'no patient known'
+                            WHEN patients.patient_id IS NULL THEN 'patient in no clinical table of the cohort'
+                            ELSE 'patient has no follow-up' END AS reason
+                FROM {_JOINED} WHERE NOT coalesce({_LABELLED}, false) ORDER BY ALL""",
+            ),
+            labels_without_slide=_labels_without_slide(connection, root),
+            slides_missing_scale=_rows(
+                connection,
+                """
+                WITH held AS (SELECT encoder, list_sort(list(DISTINCT scale)) AS scales FROM bags GROUP BY encoder)
+                SELECT encoder, slide_id, list_filter(any_value(scales), lambda s: NOT list_contains(list(scale), s)) AS missing
+                FROM bags JOIN held USING (encoder) GROUP BY encoder, slide_id
+                HAVING len(missing) > 0 ORDER BY encoder, slide_id""",
+            ),
+            skipped=_rows(connection, "SELECT * FROM skipped ORDER BY ALL"),
+        )

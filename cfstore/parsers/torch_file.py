@@ -1,0 +1,58 @@
+"""`.pt` feature files: a bare [N, D] tensor (CLAM, HistGen, HIPT), or a dict with `features` and `coords`.
+
+Files are opened by torch's restricted unpickler only: a pickle that would run code is refused.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfstore.errors import MissingDatasetError, UnreadableFileError
+from cfstore.parsers.sources import BagHead, RawBag, bag_shape, check_float, level0_coords
+
+
+def _load(path: Path) -> tuple[Any, Any]:
+    import torch  # 1 s to import: only where .pt files are read
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on storages is not for our users
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:  # torch.load raises whatever its zip and pickle layers raise
+        message = (
+            f"{path}: cannot be opened as plain tensors ({str(error).splitlines()[0][:120] if str(error) else error!r}); "
+            "it is truncated, or a pickle that would have to run code: save the bare tensor again"
+        )
+        raise UnreadableFileError(message) from error
+    if isinstance(content, torch.Tensor):
+        return content.detach(), None
+    if isinstance(content, dict) and isinstance(content.get("features"), torch.Tensor):
+        return content["features"].detach(), content.get("coords")
+    found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+    message = f"{path}: no tensor and no dict with 'features' in it (found: {found})"
+    raise MissingDatasetError(message)
+
+
+def head(path: Path) -> BagHead:
+    """Shape and dtype of the tensor (the whole file is read: the format has no index)."""
+    features, _ = _load(path)
+    n_patches, dim = bag_shape(path, tuple(features.shape))
+    dtype = str(features.dtype).removeprefix("torch.")
+    check_float(path, dtype)
+    return BagHead(n_patches, dim, dtype)
+
+
+def read(path: Path) -> RawBag:
+    """All rows; bfloat16 becomes float32, which holds it exactly (NumPy has no bfloat16)."""
+    features, coords = _load(path)
+    n_patches, dim = bag_shape(path, tuple(features.shape))
+    dtype = str(features.dtype).removeprefix("torch.")
+    check_float(path, dtype)
+    if dtype == "bfloat16":
+        features = features.float()
+    rows = np.asarray(features.numpy()).reshape(n_patches, dim)
+    return RawBag(rows, None if coords is None else level0_coords(path, np.asarray(coords), n_patches))

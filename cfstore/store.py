@@ -1,0 +1,322 @@
+"""The one object users hold: a feature store on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from cfstore import catalog, tables
+from cfstore.clinical import ClinicalTable, read_clinical
+from cfstore.cohort import Cohort, read_cohort, read_split_set, split_names
+from cfstore.convert import Dtype
+from cfstore.errors import ClinicalError, SlideNotFoundError, SplitsError, StoreNotFoundError
+from cfstore.info import StoreInfo, read_info
+from cfstore.ingest import IngestReport, OnError, prepare, run_ingest
+from cfstore.locks import write_lock
+from cfstore.names import tcga_patient_id
+from cfstore.plan import HeldBag, IngestPlan, Key, Progress, make_plan
+from cfstore.query import run_query
+from cfstore.reader import SlideReader
+from cfstore.schema import STORE_FILE, check_name, create_header, read_header
+from cfstore.splits import SplitSet, make_folds, read_splits
+from cfstore.types import SCALES, SlideBags
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """What a user may say about a folder; None means: find out.
+
+    Parameters
+    ----------
+    cohort, encoder
+        Names. Without them the cohort is the clinical table's, else the folder's name, and the
+        encoder is what the folders say.
+    scale
+        5, 10 or 20, where neither folders nor files say.
+    clinical, splits
+        Clinical table, and folder of `splits_<k>.csv`; by default those lying in the folder.
+    dtype
+        Stored precision. float16 halves the bytes at a relative error of about 2e-4, which is
+        measured and recorded for every bag.
+    """
+
+    cohort: str | None = None
+    encoder: str | None = None
+    scale: int | None = None
+    clinical: Path | None = None
+    splits: Path | None = None
+    dtype: Dtype = "float16"
+
+
+class Store:
+    """A feature store. Use `cfstore.open(path)`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header = read_header(path)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def sql(self, query: str, extra: Mapping[str, pa.Table] | None = None) -> pa.Table:
+        """Run one read-only SQL statement over patients, slides, bags, splits and skipped.
+
+        Raises
+        ------
+        QueryError
+            The statement writes, reaches outside the store, or fails.
+        """
+        return run_query(self.path, query, extra)
+
+    def slide(self, slide_id: str, encoder: str | None = None) -> SlideBags:
+        """All bags of one slide: `store.slide("...").bags[20].features` is [N, D].
+
+        Raises
+        ------
+        SlideNotFoundError
+            No such slide, or it has several encoders and none is named.
+        """
+        with catalog.connect(self.path) as connection:
+            query = (
+                "SELECT encoder, list(scale) FROM bags WHERE slide_id = ? GROUP BY encoder ORDER BY encoder"
+            )
+            held = dict(connection.execute(query, [slide_id]).fetchall())
+        if not held or (encoder is not None and encoder not in held) or (encoder is None and len(held) > 1):
+            what = f"from encoder {encoder}" if encoder else "from one encoder"
+            message = f"slide {slide_id!r}: not in {self.path} {what}; encoders that have it: {', '.join(held) or 'none'}"
+            raise SlideNotFoundError(message)
+        name = encoder or next(iter(held))
+        return self.reader(name, sorted(held[name]), [slide_id], with_coords=True).read(slide_id)
+
+    def reader(
+        self,
+        encoder: str,
+        scales: Sequence[int],
+        slide_ids: Sequence[str],
+        *,
+        cache_bytes: int = 0,
+        with_coords: bool = False,
+    ) -> SlideReader:
+        """A reader of many slides; see `SlideReader`."""
+        return SlideReader(
+            self.path, encoder, scales, slide_ids, cache_bytes=cache_bytes, with_coords=with_coords
+        )
+
+    def cohort(self, name: str, *, encoder: str | None = None, scales: Sequence[int] = SCALES) -> Cohort:
+        """Labelled slides of a cohort that have every one of `scales`, and what was left out."""
+        return read_cohort(self.path, name, encoder, scales)
+
+    def split_names(self, cohort: str) -> list[str]:
+        """Names of the split sets of a cohort."""
+        return split_names(self.path, cohort)
+
+    def split_set(self, cohort: str, name: str) -> SplitSet:
+        """One split set as folds of patients."""
+        return read_split_set(self.path, cohort, name)
+
+    def info(self) -> StoreInfo:
+        """What the store holds, lacks and left out."""
+        return read_info(self.path)
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def plan(
+        self, folder: Path | str, options: IngestOptions | None = None, progress: Progress | None = None
+    ) -> IngestPlan:
+        """What `ingest` of `folder` would do; writes nothing."""
+        return plan_ingest(Path(folder), options or IngestOptions(), self, progress)
+
+    def ingest(
+        self,
+        folder: Path | str,
+        options: IngestOptions | None = None,
+        *,
+        plan: IngestPlan | None = None,
+        on_error: OnError = "stop",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> IngestReport:
+        """Take a folder of feature files over into the store; nothing is ingested twice.
+
+        Parameters
+        ----------
+        folder, options
+            As for `plan`.
+        plan
+            What `plan` returned for the same arguments, to look at files only once.
+        on_error
+            "stop" raises before anything is written where the plan shows a problem; "skip"
+            leaves those slides out, reports them, and lists them in `info`.
+
+        Raises
+        ------
+        SourceError
+            See `cfstore.errors`; the message names file, finding and remedy.
+        """
+        options = options or IngestOptions()
+        prepare(self.path)
+        plan = plan or self.plan(folder, options)
+        if options.cohort is not None:
+            self._check_cohort(plan, check_name("cohort", options.cohort, "--cohort"))
+        fallback = options.cohort or Path(folder).resolve().name
+        report = run_ingest(self.path, plan, cohort=options.cohort, on_error=on_error, progress=progress)
+        with write_lock(self.path):
+            left_out = [
+                {
+                    "slide_id": problem.slide_id,
+                    "encoder": problem.encoder,
+                    "source": problem.source,
+                    "error": type(problem.error).__name__,
+                    "message": str(problem.error),
+                }
+                for problem in report.problems
+            ]
+            tables.write_skipped(self.path, Path(folder).resolve(), left_out)
+            cohorts = tables.write_clinical(self.path, plan.clinical, fallback) if plan.clinical else []
+            catalog.reload_tables(self.path)
+        if plan.splits:
+            self.import_splits(plan.splits, options.cohort or (cohorts[0] if len(cohorts) == 1 else None))
+        return report
+
+    def import_clinical(self, file: Path | str, cohort: str | None = None) -> ClinicalTable:
+        """Import a clinical table; patients of the same cohort imported before are replaced.
+
+        Raises
+        ------
+        ClinicalError
+            The table cannot be understood, or neither it nor `cohort` names the cohort.
+        """
+        table = read_clinical(Path(file), cohort)
+        if None in table.patients["cohort"].to_pylist():
+            message = f"{file}: the table does not name its cohort; name it with --cohort"
+            raise ClinicalError(message)
+        with write_lock(self.path):
+            tables.write_clinical(self.path, table, "")
+            catalog.reload_tables(self.path)
+        return table
+
+    def import_splits(
+        self, folder: Path | str, cohort: str | None = None, name: str | None = None
+    ) -> SplitSet:
+        """Import `splits_<k>.csv` files as one split set (named after the folder by default).
+
+        Raises
+        ------
+        SplitsError, LeakageError
+            The files cannot be used.
+        """
+        folder = Path(folder)
+        cohort = self._only_cohort(cohort, SplitsError)
+        with catalog.connect(self.path) as connection:
+            patients = dict(
+                connection.execute("SELECT patient_id, 1 FROM patients WHERE cohort = ?", [cohort]).fetchall()
+            )
+            slides = dict(connection.execute("SELECT slide_id, patient_id FROM slides").fetchall())
+
+        def patient_of(entry: str) -> str:
+            return entry if entry in patients else slides.get(entry) or tcga_patient_id(entry) or entry
+
+        splits = SplitSet(name or folder.resolve().name, read_splits(folder, patient_of))
+        return self._keep_splits(cohort, splits, str(folder.resolve()))
+
+    def make_splits(
+        self, n_folds: int = 5, cohort: str | None = None, *, seed: int = 0, name: str | None = None
+    ) -> SplitSet:
+        """Make folds of the cohort's labelled patients, stratified by event, and keep them."""
+        cohort = self._only_cohort(cohort, SplitsError)
+        query = (
+            "SELECT DISTINCT patient_id, event FROM patients JOIN slides USING (cohort, patient_id) "
+            "WHERE cohort = ? AND time_months IS NOT NULL AND event IS NOT NULL ORDER BY patient_id"
+        )
+        with catalog.connect(self.path) as connection:
+            rows = connection.execute(query, [cohort]).fetchall()
+        folds = make_folds([patient for patient, _ in rows], [event for _, event in rows], n_folds, seed)
+        splits = SplitSet(name or f"made{n_folds}-seed{seed}", folds)
+        return self._keep_splits(
+            cohort, splits, f"made by cfstore, {n_folds} folds, seed {seed}, stratified by event"
+        )
+
+    def _keep_splits(self, cohort: str, splits: SplitSet, source: str) -> SplitSet:
+        with write_lock(self.path):
+            tables.write_splits(self.path, cohort, splits, source)
+            catalog.reload_tables(self.path)
+        return splits
+
+    def _only_cohort(self, cohort: str | None, error: type[SplitsError]) -> str:
+        if cohort is not None:
+            return cohort
+        with catalog.connect(self.path) as connection:
+            query = "SELECT cohort FROM slides UNION SELECT cohort FROM patients ORDER BY 1"
+            held = [name for (name,) in connection.execute(query).fetchall()]
+        if len(held) != 1:
+            message = f"{self.path} has the cohorts {', '.join(held) or 'none yet'}: name one with --cohort"
+            raise error(message)
+        return str(held[0])
+
+    def _check_cohort(self, plan: IngestPlan, cohort: str) -> None:
+        """A slide belongs to one cohort: refuse a second name for slides that were given one."""
+        ids = [job.slide_id for job in plan.jobs]
+        with catalog.connect(self.path) as connection:
+            query = "SELECT slide_id, cohort FROM internal.shard_slides WHERE cohort <> ? AND list_contains(?, slide_id) LIMIT 1"
+            other = connection.execute(query, [cohort, ids]).fetchone()
+        if other:
+            message = (
+                f"slide {other[0]} was ingested with --cohort {other[1]}; use that name, or another --store"
+            )
+            raise SlideNotFoundError(message)
+
+
+def _held(path: Path, encoders: Sequence[str]) -> dict[Key, HeldBag]:
+    query = (
+        "SELECT slide_id, scale, encoder, digest, dtype, dim, source, source_bytes, source_mtime_ns FROM bags "
+        "WHERE list_contains(?, encoder)"
+    )
+    with catalog.connect(path) as connection:
+        rows = connection.execute(query, [list(encoders)]).fetchall()
+    return {(slide_id, scale, encoder): HeldBag(*rest) for slide_id, scale, encoder, *rest in rows}
+
+
+def plan_ingest(
+    folder: Path, options: IngestOptions, store: Store | None = None, progress: Progress | None = None
+) -> IngestPlan:
+    """What ingesting `folder` would do, with or without a store that exists already."""
+    return make_plan(
+        folder,
+        encoder=options.encoder,
+        scale=options.scale,
+        clinical=options.clinical,
+        splits=options.splits,
+        cohort=options.cohort,
+        dtype=options.dtype,
+        held=lambda encoders: _held(store.path, encoders) if store else {},
+        progress=progress,
+    )
+
+
+def open_store(path: Path | str, *, create: bool = False) -> Store:
+    """Open the store at `path`.
+
+    Parameters
+    ----------
+    path
+        The store's directory.
+    create
+        Make an empty store where there is none yet.
+
+    Raises
+    ------
+    StoreNotFoundError
+        No store there and `create` is false, or files of something else are in the way.
+    StoreFormatError
+        A store of a newer format.
+    """
+    root = Path(path)
+    if create and not (root / STORE_FILE).exists():
+        if root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
+            message = f"{root}: holds files but no store; name an empty or new folder with --store"
+            raise StoreNotFoundError(message)
+        root.mkdir(parents=True, exist_ok=True)
+        create_header(root)
+        prepare(root)
+    return Store(root)

@@ -1,0 +1,47 @@
+"""Everything cftrain raises on purpose.
+
+    TrainError
+    ├── ConfigError               a setting that cannot be used (also ValueError)
+    │   └── UnknownModelError     no model of this name
+    ├── MissingScaleError         a model needs a scale that a slide lacks (also ValueError)
+    ├── ShapeError                features, lengths or widths disagree (also ValueError)
+    ├── LeakageError              a patient on both sides of a fold
+    ├── NonFiniteError            a loss, gradient or prediction is NaN or Inf
+    └── RunError                  a run directory that cannot be written, resumed or read
+
+Messages name the slide, the setting or the file, what was found, and what to do, in one line.
+"""
+
+from __future__ import annotations
+
+
+class TrainError(Exception):
+    """Base of every error that cftrain raises on purpose."""
+
+
+class ConfigError(TrainError, ValueError):
+    """A setting is unknown, of the wrong type, or outside its range."""
+
+
+class UnknownModelError(ConfigError):
+    """There is no model of this name."""
+
+
+class MissingScaleError(TrainError, ValueError):
+    """A model needs patches at a scale where a slide has none."""
+
+
+class ShapeError(TrainError, ValueError):
+    """Shapes disagree: features against lengths, or against the width the model was built for."""
+
+
+class LeakageError(TrainError):
+    """A patient is in both train and val of one fold."""
+
+
+class NonFiniteError(TrainError):
+    """A loss, a gradient or a prediction is NaN or Inf."""
+
+
+class RunError(TrainError):
+    """A run directory cannot be written, resumed or read."""

@@ -1,0 +1,9 @@
+"""Survival models on bags of patches: `build` one by name, give it a `BagBatch`, get a `SurvivalOutput`."""
+
+from cftrain.models.bags import BagBatch
+from cftrain.models.base import SurvivalModel
+from cftrain.models.building import available, build
+from cftrain.models.output import SurvivalOutput
+from cftrain.zoo import ModelInfo
+
+__all__ = ["BagBatch", "ModelInfo", "SurvivalModel", "SurvivalOutput", "available", "build"]

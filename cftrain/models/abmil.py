@@ -1,0 +1,69 @@
+"""Gated attention pooling (ABMIL) with a survival head.
+
+Reference: Ilse, Tomczak & Welling 2018, arXiv:1802.04712. Sizes and the absence of dropout follow the
+AMIL of RustinS/CrossFusion, whose outputs it reproduces.
+
+    h_n = ReLU(W x_n + b)                                        [N, H]
+    s_n = w · (tanh(V h_n) ⊙ sigmoid(U h_n))                     [N]
+    a   = softmax over the N patches of s,   z = Σ_n a_n h_n     [H]
+    logits = C z + c                                             [K]
+
+Legend: B slides, N patches, D features, H hidden_dim, A attention_dim, K time bins.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cftrain.models.bags import BagBatch
+from cftrain.models.base import SurvivalModel
+from cftrain.zoo import ABMILConfig
+
+
+class ABMIL(SurvivalModel):
+    """Patches of one scale, weighted by gated attention.
+
+    Linear weights start Xavier-normal and biases at 0, the custom for this model.
+    """
+
+    def __init__(self, feature_dim: int, config: ABMILConfig) -> None:
+        super().__init__("abmil", (config.scale,), feature_dim)
+        self.projection = nn.Linear(feature_dim, config.hidden_dim)
+        self.attention = GatedAttention(config.hidden_dim, config.attention_dim, config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.hidden_dim, config.n_bins)
+        self.apply(_initialise)
+
+    def logits(self, batch: BagBatch) -> Tensor:
+        """Log-odds of the hazards: [B, K]."""
+        scale = self.scales[0]
+        h_NH = self.dropout(torch.relu(self.projection(self.rows(batch, scale))))
+        lengths = list(batch.lengths[scale])
+        bags = zip(torch.split(h_NH, lengths), torch.split(self.attention(h_NH), lengths), strict=True)
+        z_BH = torch.cat([score_N1.softmax(dim=0).T @ h for h, score_N1 in bags])
+        logits_BK: Tensor = self.head(z_BH)
+        return logits_BK
+
+
+class GatedAttention(nn.Module):
+    """One score per patch: [N, H] to [N, 1], before the softmax over a bag."""
+
+    def __init__(self, hidden_dim: int, attention_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.content = nn.Linear(hidden_dim, attention_dim)
+        self.gate = nn.Linear(hidden_dim, attention_dim)
+        self.score = nn.Linear(attention_dim, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h_NH: Tensor) -> Tensor:
+        content_NA = self.dropout(torch.tanh(self.content(h_NH)))
+        gate_NA = self.dropout(torch.sigmoid(self.gate(h_NH)))
+        score_N1: Tensor = self.score(content_NA * gate_NA)
+        return score_N1
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_normal_(module.weight)
+        nn.init.zeros_(module.bias)

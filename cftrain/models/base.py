@@ -1,0 +1,66 @@
+"""`SurvivalModel`: what all models share. B slides, N patches, D features, K time bins."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from cftrain.errors import MissingScaleError, ShapeError
+from cftrain.models.bags import BagBatch
+from cftrain.models.output import SurvivalOutput
+
+
+class SurvivalModel(nn.Module):
+    """A model from packed bags to discrete-time survival."""
+
+    name: str
+    """What `build` calls it."""
+    scales: tuple[int, ...]
+    """The scales it reads from a batch; others may be there."""
+    feature_dim: int
+    """D, the width of the features it was built for."""
+
+    def __init__(self, name: str, scales: tuple[int, ...], feature_dim: int) -> None:
+        super().__init__()
+        self.name, self.scales, self.feature_dim = name, scales, feature_dim
+
+    def forward(self, batch: BagBatch) -> SurvivalOutput:
+        """Predict the survival of B slides.
+
+        Parameters
+        ----------
+        batch
+            Bags at least at `scales`, on the device of the parameters, of any floating dtype.
+
+        Raises
+        ------
+        MissingScaleError
+            The batch lacks one of `scales`; names its first slide.
+        ShapeError
+            The features are not D wide.
+        """
+        return SurvivalOutput.from_logits(self.logits(batch))
+
+    @abstractmethod
+    def logits(self, batch: BagBatch) -> Tensor:
+        """Log-odds of the hazards of B slides: [B, K]."""
+
+    def rows(self, batch: BagBatch, scale: int) -> Tensor:
+        """The packed features of one scale, [sum N_b, D], in the dtype the model computes in."""
+        if scale not in batch.features:
+            found = ", ".join(f"{scale}x" for scale in batch.features)
+            raise MissingScaleError(
+                f"{batch.slide_ids[0]}: {self.name} needs {scale}x, the batch has {found}"
+            )
+        rows = batch.features[scale]
+        if rows.shape[1] != self.feature_dim:
+            widths = f"{rows.shape[1]} features a patch at {scale}x"
+            raise ShapeError(f"{batch.slide_ids[0]}: {widths}, {self.name} was built for {self.feature_dim}")
+        return rows.to(self._compute_dtype(rows.device.type))
+
+    def _compute_dtype(self, device_type: str) -> torch.dtype:
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return next(self.parameters()).dtype

@@ -1,0 +1,41 @@
+"""`build`: a model by name."""
+
+from __future__ import annotations
+
+from cftrain import zoo
+from cftrain.errors import ConfigError
+from cftrain.models.abmil import ABMIL
+from cftrain.models.base import SurvivalModel
+from cftrain.models.crossfusion import CrossFusion
+
+
+def available() -> tuple[str, ...]:
+    """The names of all models, sorted; `cftrain.zoo.MODELS` says more of each."""
+    return tuple(sorted(zoo.MODELS))
+
+
+def build(name: str, feature_dim: int, **options: object) -> SurvivalModel:
+    """Build a model with fresh weights.
+
+    Parameters
+    ----------
+    name
+        One of `available()`.
+    feature_dim
+        D, the width of a patch's features.
+    **options
+        Fields of the model's options, e.g. `cftrain.zoo.CrossFusionConfig`; the rest keep their defaults.
+
+    Raises
+    ------
+    UnknownModelError
+        No model of this name; lists near names, and all.
+    ConfigError
+        An option is unknown (near names are listed), of the wrong type, or outside its range.
+    """
+    config = zoo.model_options(name, options)
+    if feature_dim < 1:
+        raise ConfigError(f"{name}: feature_dim must be at least 1, got {feature_dim}")
+    if isinstance(config, zoo.CrossFusionConfig):
+        return CrossFusion(feature_dim, config)
+    return ABMIL(feature_dim, config)

@@ -1,0 +1,154 @@
+"""CrossFusion: three magnifications of a slide, fused by cross-attention.
+
+Reference: "CrossFusion", MIDL 2026, arXiv:2503.02064; follows the released code, RustinS/CrossFusion @
+df5473d, where paper and code differ, except that attention dropout stops in evaluation.
+
+    coarse, source, fine = LN(W x) of the 5x, 10x, 20x patches          [N5, E], [N10, E], [N20, E]
+    CAB(s, c):  u = LN(s + MHA(s + e, c + e)),  u + FF(u)               [N10, E]   e learnt, one per block
+    PT(x):      pad to g x g, blocks, PPEG, blocks, LN                  [g², E]    g = ceil(sqrt(N10))
+    mixed  = CP(PT(source), PT(CAB(source, fine)), PT(CAB(source, coarse)))        [g², E]
+    CP:         w · (three maps) + b, grouped 7/5/3/1 windows E → E/2, ReLU, channel dropout, LN(W ·)
+    logits = C LN(class token of the final transformer over [token | mixed]) + c   [K]
+
+The grid is the order of the 10x patches wrapped into a square, not their place on the slide. The input
+projection is the identity, without LN, where the features are already E wide.
+
+Legend: B slides, N5, N10, N20 patches of a slide, D features, E embed_dim, g side of the grid, K time bins.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cfkernels import grouped_window_conv
+from cftrain.models.bags import BagBatch
+from cftrain.models.base import SurvivalModel
+from cftrain.models.layers import (
+    Attention,
+    ClassTokenTransformer,
+    FeedForward,
+    Lengths,
+    PadTransformer,
+    Window,
+    square_grids,
+)
+from cftrain.zoo import CrossFusionConfig
+
+COARSE, SOURCE, FINE = 5, 10, 20
+
+
+class CrossFusion(SurvivalModel):
+    """Source patches (10x) attend to coarse (5x) and fine (20x) ones; a class token reads the fused grid."""
+
+    def __init__(self, feature_dim: int, config: CrossFusionConfig) -> None:
+        super().__init__("crossfusion", (COARSE, SOURCE, FINE), feature_dim)
+        E = config.embed_dim
+        sizes = (E, config.n_heads, config.n_layers, config.dropout, config.attention_dropout)
+        self.coarse_projection = _input_projection(feature_dim, E)
+        self.source_projection = _input_projection(feature_dim, E)
+        self.fine_projection = _input_projection(feature_dim, E)
+        self.coarse_cross_attention = CrossAttentionBlock(E, config.n_heads, config.dropout)
+        self.fine_cross_attention = CrossAttentionBlock(E, config.n_heads, config.dropout)
+        self.coarse_transformer = PadTransformer(*sizes)
+        self.source_transformer = PadTransformer(*sizes)
+        self.fine_transformer = PadTransformer(*sizes)
+        self.conv_processor = ConvProcessor(E, config.dropout)
+        self.final_transformer = ClassTokenTransformer(*sizes)
+        self.head = nn.Linear(E, config.n_bins)
+        self.apply(_initialise)
+
+    def logits(self, batch: BagBatch) -> Tensor:
+        """Log-odds of the hazards: [B, K]."""
+        coarse = self.coarse_projection(self.rows(batch, COARSE))
+        source = self.source_projection(self.rows(batch, SOURCE))
+        fine = self.fine_projection(self.rows(batch, FINE))
+        n = batch.lengths
+        coarse = self.coarse_cross_attention(source, coarse, n[SOURCE], n[COARSE])
+        fine = self.fine_cross_attention(source, fine, n[SOURCE], n[FINE])
+
+        coarse = self.coarse_transformer(coarse, n[SOURCE])
+        source = self.source_transformer(source, n[SOURCE])
+        fine = self.fine_transformer(fine, n[SOURCE])
+        grids = square_grids(n[SOURCE])
+        mixed = self.conv_processor(source, fine, coarse, grids)
+        logits_BK: Tensor = self.head(self.final_transformer(mixed, grids))
+        return logits_BK
+
+
+def _input_projection(feature_dim: int, embed_dim: int) -> nn.Module:
+    if feature_dim == embed_dim:
+        return nn.Identity()
+    return nn.Sequential(nn.Linear(feature_dim, embed_dim), nn.LayerNorm(embed_dim))
+
+
+class CrossAttentionBlock(nn.Module):
+    """Cross-attention block (CAB): source [sum N10, E] attends to a context of another scale.
+
+    The scale embedding e is added to source and context for the attention, not for the residual.
+    """
+
+    def __init__(self, embed_dim: int, n_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.scale_embedding = nn.Parameter(torch.empty(embed_dim))
+        self.attention = Attention(embed_dim, n_heads, dropout=0.0)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.feed_forward = FeedForward(embed_dim, dropout)
+
+    def forward(self, source: Tensor, context: Tensor, n_source: Lengths, n_context: Lengths) -> Tensor:
+        attended = self.attention(source, context, n_source, n_context, shift=self.scale_embedding)
+        u = self.norm(source + attended)
+        out: Tensor = u + self.feed_forward(u)
+        return out
+
+
+class ConvProcessor(nn.Module):
+    """Conv Processor (CP): three maps mixed, then windows over the mix: 3 x [sum g², E] to [sum g², E]."""
+
+    def __init__(self, embed_dim: int, dropout: float) -> None:
+        super().__init__()
+        half = embed_dim // 2
+        self.dropout = dropout
+        self.mix_weight = nn.Parameter(torch.empty(3))
+        self.mix_bias = nn.Parameter(torch.empty(1))
+        self.conv7, self.conv5, self.conv3, self.conv1 = (Window(half, 2, side) for side in (7, 5, 3, 1))
+        self.linear = nn.Linear(half, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, source: Tensor, fine: Tensor, coarse: Tensor, grids: Lengths) -> Tensor:
+        w_source, w_fine, w_coarse = self.mix_weight.unbind()
+        mixed = w_source * source + w_fine * fine + w_coarse * coarse + self.mix_bias
+        c7, c5, c3, c1 = self.conv7, self.conv5, self.conv3, self.conv1
+        windows = (c7.weight, c7.bias, c5.weight, c5.bias, c3.weight, c3.bias, c1.weight, c1.bias)
+        x = torch.relu(grouped_window_conv(mixed, *windows, grid_sizes=grids))
+        out: Tensor = self.norm(self.linear(self._drop_channels(x, grids)))
+        return out
+
+    def _drop_channels(self, x: Tensor, grids: Lengths) -> Tensor:
+        """Dropout of whole channels, drawn for each bag, in training."""
+        if not self.training or self.dropout == 0:
+            return x
+        bags = torch.split(x, [side * side for side in grids])
+        return torch.cat(
+            [rows * functional.dropout(rows.new_ones(rows.shape[1]), self.dropout) for rows in bags]
+        )
+
+
+def _initialise(module: nn.Module) -> None:
+    """The released initialisation: fan_out of a grouped convolution ignores its groups, as PyTorch does."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, Window):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, ConvProcessor):
+        nn.init.normal_(module.mix_weight, std=math.sqrt(2))
+        nn.init.zeros_(module.mix_bias)
+    elif isinstance(module, CrossAttentionBlock):
+        nn.init.trunc_normal_(module.scale_embedding, std=0.02)
+    elif isinstance(module, ClassTokenTransformer):
+        nn.init.normal_(module.class_token, std=1e-6)

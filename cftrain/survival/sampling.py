@@ -1,0 +1,95 @@
+"""Which slides an epoch visits, in which order: pure functions, so that a resumed run recomputes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cftrain.errors import ConfigError, ShapeError
+
+
+def class_weights(time_bin: ArrayLike, event: ArrayLike) -> NDArray[np.float64]:
+    """Weigh each slide by N / n, n counting the slides of its own (bin, event) class: [N] float64.
+
+    Every class present then has the same total weight, N; a class that is absent has no slide to weigh.
+
+    Parameters
+    ----------
+    time_bin : [N] int, 0…K-1
+        Interval of the last follow-up.
+    event : [N] bool
+        True where death was observed.
+
+    Raises
+    ------
+    ShapeError
+        The inputs disagree on N, `time_bin` is not of integers at or above 0, or `event` is not bool.
+    """
+    bins, happened = np.asarray(time_bin), np.asarray(event)
+    _check_classes(bins, happened)
+    _, own, count = np.unique(2 * bins.astype(np.int64) + happened, return_inverse=True, return_counts=True)
+    return bins.size / count[own].astype(np.float64)
+
+
+def epoch_order(
+    n: int, *, weights: ArrayLike | None = None, seed: int, epoch: int, fold: int
+) -> NDArray[np.int64]:
+    """Rows to visit in one epoch, in order: [n] int64, the same for the same arguments, whatever ran before.
+
+    Without weights a permutation of 0…n-1. With weights n draws with replacement, each row in proportion to
+    its weight: some rows come more than once, others wait for another epoch.
+
+    Parameters
+    ----------
+    n
+        How many rows there are to choose from, and how many are drawn.
+    weights : [n]
+        Relative weights, not negative, not all 0; None visits every row once.
+    seed, epoch, fold
+        Name the order, each at or above 0. No global random state is read or changed.
+
+    Raises
+    ------
+    ConfigError
+        There is no row, `seed`, `epoch` or `fold` is negative, or the weights cannot be drawn from.
+    ShapeError
+        `weights` is not [n].
+    """
+    if n < 1:
+        msg = f"{n} rows to draw an epoch from: give the training part at least one slide"
+        raise ConfigError(msg)
+    rng = _generator(seed, fold, epoch)
+    if weights is None:
+        return rng.permutation(n)
+    return rng.choice(n, size=n, replace=True, p=_probabilities(weights, n))
+
+
+def _generator(seed: int, fold: int, epoch: int) -> np.random.Generator:
+    if min(seed, fold, epoch) < 0:
+        msg = f"seed {seed}, fold {fold}, epoch {epoch}: give whole numbers at or above 0"
+        raise ConfigError(msg)
+    return np.random.default_rng(np.random.SeedSequence([seed, fold, epoch]))
+
+
+def _probabilities(weights: ArrayLike, n: int) -> NDArray[np.float64]:
+    w = np.asarray(weights, dtype=np.float64)
+    if w.shape != (n,):
+        msg = f"weights are {w.shape}: give one for each of the {n} rows"
+        raise ShapeError(msg)
+    total = w.sum()
+    if not (np.isfinite(total) and total > 0 and (w >= 0).all()):
+        msg = f"weights run from {w.min():g} to {w.max():g}: give finite ones, none negative, not all 0"
+        raise ConfigError(msg)
+    return np.asarray(w / total, dtype=np.float64)
+
+
+def _check_classes(bins: NDArray[Any], happened: NDArray[Any]) -> None:
+    whole = np.issubdtype(bins.dtype, np.integer) and bins.ndim == 1 and not (bins < 0).any()
+    if not whole or happened.shape != bins.shape or happened.dtype != np.bool_:
+        msg = (
+            f"time_bin is {bins.dtype} {bins.shape}, event {happened.dtype} {happened.shape}: "
+            "give one bin 0…K-1 and one bool (True = death observed) per slide"
+        )
+        raise ShapeError(msg)

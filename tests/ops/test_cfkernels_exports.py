@@ -1,0 +1,13 @@
+"""The public face of cfkernels."""
+
+import cfkernels
+
+
+def test_cfkernels_exports_exactly_its_operators_and_errors():
+    assert cfkernels.__all__ == ["KernelError", "ShapeError", "attention", "grouped_window_conv", "ppeg"]
+    assert all(callable(getattr(cfkernels, name)) for name in cfkernels.__all__)
+
+
+def test_shape_errors_can_be_caught_as_kernel_errors_and_as_value_errors():
+    assert issubclass(cfkernels.ShapeError, cfkernels.KernelError)
+    assert issubclass(cfkernels.ShapeError, ValueError)
