@@ -31,7 +31,9 @@ SPLITS_PREFIX: Final = "splits-"
 SKIPPED_PREFIX: Final = "skipped-"
 
 # What the shards say of a slide before labels are looked up; hidden from SQL users by its schema.
-_SHARD_SLIDES: Final = "CREATE TABLE IF NOT EXISTS internal.shard_slides (slide_id VARCHAR, cohort VARCHAR, folder VARCHAR, shard VARCHAR)"
+_SHARD_SLIDES: Final = (
+    "CREATE TABLE IF NOT EXISTS internal.shard_slides (slide_id VARCHAR, cohort VARCHAR, folder VARCHAR, shard VARCHAR)"
+)
 _SNAPSHOT: Final = """
     SELECT bags.*, slides.cohort, slides.patient_id, patients.* EXCLUDE (cohort, patient_id)
     FROM bags JOIN slides USING (slide_id)
@@ -104,9 +106,7 @@ def _load_table(connection: duckdb.DuckDBPyConnection, root: Path, table: str, p
     known = {name for name, _, _ in TABLES[table]}
     for name, kind in zip(relation.columns, relation.types, strict=True):
         if name not in known:
-            connection.execute(
-                f'ALTER TABLE {table} ADD COLUMN "{name.replace(chr(34), chr(34) * 2)}" {kind}'
-            )
+            connection.execute(f'ALTER TABLE {table} ADD COLUMN "{name.replace(chr(34), chr(34) * 2)}" {kind}')
     connection.execute(
         f"INSERT INTO {table} BY NAME SELECT * FROM read_parquet(?, union_by_name=true)",
         [files],
@@ -123,7 +123,10 @@ def _labels(connection: duckdb.DuckDBPyConnection, root: Path) -> dict[str, Coho
 
 def _resolve_slides(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
     labels = _labels(connection, root)
-    query = "SELECT slide_id, max(cohort), arg_min(folder, split_part(shard, '/', 3)) FROM internal.shard_slides GROUP BY slide_id ORDER BY slide_id"
+    query = (
+        "SELECT slide_id, max(cohort), arg_min(folder, split_part(shard, '/', 3)) "  # shard names sort by time
+        "FROM internal.shard_slides GROUP BY slide_id ORDER BY slide_id"
+    )
     found = connection.execute(query).fetchall()
     owners = [resolve(slide_id, given, folder, labels) for slide_id, given, folder in found]
     connection.execute(ddl("slides"))
@@ -179,10 +182,7 @@ def reconcile(root: Path) -> int:
     if (root / CATALOG_FILE).exists():
         with connect(root) as connection:
             known = {
-                shard
-                for (shard,) in connection.execute(
-                    "SELECT DISTINCT shard FROM internal.shard_slides"
-                ).fetchall()
+                shard for (shard,) in connection.execute("SELECT DISTINCT shard FROM internal.shard_slides").fetchall()
             }
     missing = [shard for shard in published_shards(root) if shard not in known]
     if missing or not (root / CATALOG_FILE).exists():
@@ -193,15 +193,9 @@ def reconcile(root: Path) -> int:
 def without_known(root: Path, record: ShardRecord) -> ShardRecord:
     """`record` without the slides of which the catalog already holds a bag at the same scale."""
     with connect(root) as connection:
-        rows = connection.execute(
-            "SELECT slide_id, scale FROM bags WHERE encoder = ?", [record.encoder]
-        ).fetchall()
+        rows = connection.execute("SELECT slide_id, scale FROM bags WHERE encoder = ?", [record.encoder]).fetchall()
     known = set(rows)
-    new = [
-        slide
-        for slide in record.slides
-        if known.isdisjoint((slide.slide_id, bag.scale) for bag in slide.bags)
-    ]
+    new = [slide for slide in record.slides if known.isdisjoint((slide.slide_id, bag.scale) for bag in slide.bags)]
     return replace(record, slides=tuple(new))
 
 
@@ -215,9 +209,7 @@ def connect(root: Path) -> duckdb.DuckDBPyConnection:
     """
     path = root / CATALOG_FILE
     if not path.exists():
-        message = (
-            f"{path}: the catalog is missing; `cfstore ingest` of any folder rebuilds it from the shards"
-        )
+        message = f"{path}: the catalog is missing; `cfstore ingest` of any folder rebuilds it from the shards"
         raise StoreFormatError(message)
     try:
         return duckdb.connect(path, read_only=True)

@@ -59,10 +59,7 @@ def encoders_of(root: Path, cohort: str) -> dict[str, tuple[int, ...]]:
             [cohort],
         ).fetchall()
         if not rows:
-            held = [
-                name
-                for (name,) in connection.execute("SELECT DISTINCT cohort FROM slides ORDER BY 1").fetchall()
-            ]
+            held = [name for (name,) in connection.execute("SELECT DISTINCT cohort FROM slides ORDER BY 1").fetchall()]
             message = f"cohort {cohort!r} has no slides in {root}; cohorts here: {', '.join(held) or 'none'}"
             raise SlideNotFoundError(message)
     return {encoder: tuple(scales) for encoder, scales in rows}
@@ -146,7 +143,9 @@ def read_split_set(root: Path, cohort: str, name: str) -> SplitSet:
         query = "SELECT fold, part, list(patient_id) FROM splits WHERE cohort = ? AND name = ? GROUP BY ALL"
         rows = connection.execute(query, [cohort, name]).fetchall()
     if not rows:
-        message = f"cohort {cohort} has no splits named {name!r}; it has: {', '.join(split_names(root, cohort)) or 'none'}"
+        message = (
+            f"cohort {cohort} has no splits named {name!r}; it has: {', '.join(split_names(root, cohort)) or 'none'}"
+        )
         raise SlideNotFoundError(message)
     parts: dict[int, dict[str, frozenset[str]]] = defaultdict(dict)
     for fold, part, patients in rows:

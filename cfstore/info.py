@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,11 @@ from typing import Any
 import duckdb
 
 from cfstore.catalog import SLIDE_LABELS_PREFIX, connect
+from cfstore.errors import SlideNotFoundError
 from cfstore.schema import FEATURES_DIR, TABLES_DIR, read_header
 
 _LABELLED = "patients.time_months IS NOT NULL AND patients.event IS NOT NULL"
-_JOINED = (
-    "slides LEFT JOIN patients ON patients.cohort = slides.cohort AND patients.patient_id = slides.patient_id"
-)
+_JOINED = "slides LEFT JOIN patients ON patients.cohort = slides.cohort AND patients.patient_id = slides.patient_id"
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class StoreInfo:
     skipped: list[dict[str, Any]]
 
 
-def _rows(connection: duckdb.DuckDBPyConnection, query: str) -> list[dict[str, Any]]:
-    result = connection.execute(query)
+def _rows(connection: duckdb.DuckDBPyConnection, query: str, parameters: Sequence[object] = ()) -> list[dict[str, Any]]:
+    result = connection.execute(query, list(parameters))
     names = [column[0] for column in result.description]
     return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
 
@@ -111,9 +111,26 @@ def read_info(root: Path) -> StoreInfo:
                 connection,
                 """
                 WITH held AS (SELECT encoder, list_sort(list(DISTINCT scale)) AS scales FROM bags GROUP BY encoder)
-                SELECT encoder, slide_id, list_filter(any_value(scales), lambda s: NOT list_contains(list(scale), s)) AS missing
+                SELECT encoder, slide_id,
+                       list_filter(any_value(scales), lambda s: NOT list_contains(list(scale), s)) AS missing
                 FROM bags JOIN held USING (encoder) GROUP BY encoder, slide_id
                 HAVING len(missing) > 0 ORDER BY encoder, slide_id""",
             ),
             skipped=_rows(connection, "SELECT * FROM skipped ORDER BY ALL"),
         )
+
+
+def read_slide_rows(root: Path, slide_id: str) -> dict[str, Any]:
+    """The catalog's rows of one slide; SlideNotFoundError names similar ids."""
+    with connect(root) as connection:
+        slides = _rows(connection, "SELECT * FROM slides WHERE slide_id = ?", [slide_id])
+        if not slides:
+            query = "SELECT slide_id FROM slides ORDER BY jaro_winkler_similarity(slide_id, ?) DESC LIMIT 3"
+            near = [name for (name,) in connection.execute(query, [slide_id]).fetchall()]
+            message = f"slide {slide_id!r} is not in {root}" + (f"; near names: {', '.join(near)}" if near else "")
+            raise SlideNotFoundError(message)
+        query = "SELECT * FROM patients WHERE cohort = ? AND patient_id = ?"
+        patients = _rows(connection, query, [slides[0]["cohort"], slides[0]["patient_id"]])
+        query = "SELECT * FROM bags WHERE slide_id = ? ORDER BY encoder, scale"
+        bags = _rows(connection, query, [slide_id])
+    return {"slide": slides[0], "patient": patients[0] if patients else None, "bags": bags}

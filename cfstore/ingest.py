@@ -51,9 +51,7 @@ def _batches(plan: IngestPlan) -> Iterator[list[SlideJob]]:
         batch: list[SlideJob] = []
         total = 0
         for job in (job for job in plan.jobs if job.encoder == encoder):
-            if batch and (
-                len(batch) == _SLIDES_PER_SHARD or total + job.n_rows * dim * size > _BYTES_PER_SHARD
-            ):
+            if batch and (len(batch) == _SLIDES_PER_SHARD or total + job.n_rows * dim * size > _BYTES_PER_SHARD):
                 yield batch
                 batch, total = [], 0
             batch.append(job)
@@ -195,8 +193,6 @@ def run_ingest(
         n_shards=len(shards),
         problems=tuple(run.problems),
         source_bytes=sum(bag.source_bytes for bag in bags),
-        stored_bytes=sum(
-            path.stat().st_size for shard in shards for path in shard.rglob("*") if path.is_file()
-        ),
+        stored_bytes=sum(path.stat().st_size for shard in shards for path in shard.rglob("*") if path.is_file()),
         seconds=time.monotonic() - started,
     )

@@ -53,9 +53,7 @@ def resolve(slide_id: str, given: str | None, folder: str, labels: Mapping[str, 
     return SlideOwner(tcga_patient_id(slide_id), folder)
 
 
-def collect(
-    patients: Iterable[tuple[str, str]], slides: Iterable[tuple[str, str, str]]
-) -> dict[str, CohortLabels]:
+def collect(patients: Iterable[tuple[str, str]], slides: Iterable[tuple[str, str, str]]) -> dict[str, CohortLabels]:
     """Labels by cohort from (cohort, patient_id) and (cohort, slide_id, patient_id) rows."""
     labels: dict[str, CohortLabels] = {}
     for cohort, patient_id in patients:

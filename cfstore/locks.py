@@ -50,7 +50,9 @@ def write_lock(root: Path, timeout: float = 60.0) -> Iterator[None]:
         deadline = time.monotonic() + timeout
         while not try_lock(handle):
             if time.monotonic() > deadline:
-                message = f"{root}: another process has been writing for {timeout:.0f} s; wait for it, then run this again"
+                message = (
+                    f"{root}: another process has been writing for {timeout:.0f} s; wait for it, then run this again"
+                )
                 raise StoreBusyError(message)
             time.sleep(_POLL_SECONDS)
         yield

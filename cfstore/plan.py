@@ -14,6 +14,7 @@ from pathlib import Path
 from cfstore.clinical import ClinicalTable, looks_clinical, read_clinical
 from cfstore.convert import digest_of_source
 from cfstore.errors import ClinicalError, DuplicateBagError, ShapeError, SourceError, UnreadableFileError
+from cfstore.labels import CohortLabels, collect
 from cfstore.parsers import BagHead, BagSource, discover, read_head
 from cfstore.schema import check_name
 from cfstore.splits import find_split_files
@@ -68,13 +69,25 @@ class IngestPlan:
     scales: tuple[int, ...]
     dims: Mapping[str, int]
     jobs: tuple[SlideJob, ...]
-    n_slides: int
+    slide_ids: frozenset[str]
     n_present: int
     incomplete: Mapping[str, tuple[int, ...]]
     problems: tuple[Problem, ...]
     clinical: ClinicalTable | None
     splits: Path | None
     dtype: str
+
+    def match_clinical(self) -> tuple[int, int]:
+        """How many of the folder's slides the clinical table labels, and how many slides there are."""
+        ids = sorted(self.slide_ids)
+        if self.clinical is None:
+            return 0, len(ids)
+        labels = labels_of(self.clinical)
+        return sum(any(table.patient_of(slide) for table in labels.values()) for slide in ids), len(ids)
+
+    @property
+    def n_slides(self) -> int:
+        return len(self.slide_ids)
 
     @property
     def source_bytes(self) -> int:
@@ -88,6 +101,15 @@ class IngestPlan:
         return sum(job.n_rows * self.dims[job.encoder] * size for job in self.jobs)
 
 
+def labels_of(table: ClinicalTable) -> dict[str, CohortLabels]:
+    """Labels of a table that is not in a store (yet)."""
+    patients = [
+        (row["cohort"] or "", row["patient_id"]) for row in table.patients.select(["cohort", "patient_id"]).to_pylist()
+    ]
+    slides = [(row["cohort"] or "", row["slide_id"], row["patient_id"]) for row in table.slides.to_pylist()]
+    return collect(patients, slides)
+
+
 def raise_problems(problems: Sequence[Problem]) -> None:
     """Raise what `problems` found as one error of the first one's class; nothing if there are none."""
     if problems:
@@ -99,9 +121,7 @@ def raise_problems(problems: Sequence[Problem]) -> None:
 
 def find_clinical(folder: Path) -> Path | None:
     """The clinical table lying in `folder`; ClinicalError where several lie there."""
-    names = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv", ".txt", ".zip")
-    )
+    names = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv", ".txt", ".zip"))
     found = [path for path in names if path.is_file() and looks_clinical(path)]
     if len(found) > 1:
         message = f"{folder}: several clinical tables ({', '.join(p.name for p in found)}); name one with --clinical"
@@ -118,7 +138,10 @@ def find_splits(folder: Path) -> Path | None:
 def _check_unlocked(source: BagSource) -> None:
     lock = source.path.with_name(source.path.name + ".lock")
     if lock.exists():
-        message = f"{source.path}: {lock.name} lies beside it: TRIDENT is still writing this file, or died; finish it, or delete both"
+        message = (
+            f"{source.path}: {lock.name} lies beside it: TRIDENT is still writing this file, or died; "
+            "finish it, or delete both"
+        )
         raise UnreadableFileError(message)
 
 
@@ -126,7 +149,8 @@ def _check_magnification(source: BagSource, head: BagHead) -> None:
     declared = head.attributes.get("target_magnification")
     if declared is not None and declared != source.scale:
         message = (
-            f"{source.path}: the folder says {source.scale}x, its coords attribute target_magnification says {declared:g}x; "
+            f"{source.path}: the folder says {source.scale}x, "
+            f"its coords attribute target_magnification says {declared:g}x; "
             "move the file to the right folder"
         )
         raise ShapeError(message)
@@ -142,7 +166,10 @@ def _heads(
         key = (source.slide_id, source.scale, source.encoder)
         try:
             if key in found:
-                message = f"{source.path}: slide {source.slide_id} at {source.scale}x is also in {found[key][0].path}; keep one of the two"
+                message = (
+                    f"{source.path}: slide {source.slide_id} at {source.scale}x is also in {found[key][0].path}; "
+                    "keep one of the two"
+                )
                 raise DuplicateBagError(message)
             _check_unlocked(source)
             head = read_head(source)
@@ -181,7 +208,8 @@ def _check_unchanged(source: BagSource, bag: HeldBag) -> None:
         return  # the same folder, copied
     if digest_of_source(source, bag.dtype) != bag.digest:
         message = (
-            f"{source.path}: slide {source.slide_id} at {source.scale}x is in the store with other content (from {bag.source}); "
+            f"{source.path}: slide {source.slide_id} at {source.scale}x is in the store with other content "
+            f"(from {bag.source}); "
             "shards are never changed: ingest into a new --store"
         )
         raise DuplicateBagError(message)
@@ -238,7 +266,7 @@ def make_plan(
         scales=tuple(sorted({source.scale for source in discovery.sources})),
         dims=dims,
         jobs=jobs,
-        n_slides=len({source.slide_id for source in discovery.sources}),
+        slide_ids=frozenset(source.slide_id for source in discovery.sources),
         n_present=len(there - set(todo)),
         incomplete=_incomplete(discovery.sources, present),
         problems=tuple(problems),

@@ -59,7 +59,9 @@ def _run(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
         raise QueryError(message)
     kind = str(statements[0].type).rsplit(".", 1)[-1]
     if kind not in _ALLOWED:
-        message = f"{kind} is refused: {_OUTSIDE} and never writes; use SELECT, and -o FILE --format csv|parquet for files"
+        message = (
+            f"{kind} is refused: {_OUTSIDE} and never writes; use SELECT, and -o FILE --format csv|parquet for files"
+        )
         raise QueryError(message)
     try:
         return connection.sql(statements[0]).to_arrow_table()

@@ -67,7 +67,7 @@ class SlideReader:
         The slides that will be asked for.
     cache_bytes
         Decoded slides kept in memory, at most this many bytes. Arrays handed out may be
-        shared with the cache: they are read-only.
+        shared with the cache: do not write to them.
     with_coords
         Whether `Bag.coords` is read too.
 
@@ -110,7 +110,6 @@ class SlideReader:
             stop = place.row_start + place.n_patches
             wanted = self._with_coords and place.has_coords
             features, coords = self._shard(place.shard).read(place.row_start, stop, coords=wanted)
-            features.flags.writeable = False
             bags[scale] = Bag(features, coords)
         slide = SlideBags(slide_id, self._encoder, bags)
         with self._lock:

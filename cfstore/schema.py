@@ -151,7 +151,9 @@ def read_header(root: Path) -> StoreHeader:
     """
     path = root / STORE_FILE
     if not path.is_file():
-        message = f"{root}: no store here (no {STORE_FILE}); make one with `cfstore ingest H5DIR`, or name one with --store"
+        message = (
+            f"{root}: no store here (no {STORE_FILE}); make one with `cfstore ingest H5DIR`, or name one with --store"
+        )
         raise StoreNotFoundError(message)
     try:
         content = json.loads(path.read_text())
@@ -160,6 +162,8 @@ def read_header(root: Path) -> StoreHeader:
         message = f"{path}: not a store header ({error}); restore the file or ingest into a new --store"
         raise StoreFormatError(message) from error
     if version > FORMAT_VERSION:
-        message = f"{root}: store format {version}, this version reads up to {FORMAT_VERSION}; upgrade crossfusion-store"
+        message = (
+            f"{root}: store format {version}, this version reads up to {FORMAT_VERSION}; upgrade crossfusion-store"
+        )
         raise StoreFormatError(message)
     return StoreHeader(uuid=store_uuid, created=created, format_version=version)

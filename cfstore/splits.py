@@ -100,7 +100,9 @@ def check_fold(fold: Fold, where: str) -> None:
         shared = sorted(getattr(fold, one) & getattr(fold, other))
         if shared:
             listed = ", ".join(shared[:5]) + (f" and {len(shared) - 5} more" if len(shared) > 5 else "")
-            message = f"{where}: {len(shared)} patients are in both {one} and {other}: {listed}. A fold must split patients"
+            message = (
+                f"{where}: {len(shared)} patients are in both {one} and {other}: {listed}. A fold must split patients"
+            )
             raise LeakageError(message)
     for part in ("train", "val"):
         if not getattr(fold, part):

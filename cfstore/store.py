@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -13,7 +14,7 @@ from cfstore.clinical import ClinicalTable, read_clinical
 from cfstore.cohort import Cohort, read_cohort, read_split_set, split_names
 from cfstore.convert import Dtype
 from cfstore.errors import ClinicalError, SlideNotFoundError, SplitsError, StoreNotFoundError
-from cfstore.info import StoreInfo, read_info
+from cfstore.info import StoreInfo, read_info, read_slide_rows
 from cfstore.ingest import IngestReport, OnError, prepare, run_ingest
 from cfstore.locks import write_lock
 from cfstore.names import tcga_patient_id
@@ -79,16 +80,26 @@ class Store:
             No such slide, or it has several encoders and none is named.
         """
         with catalog.connect(self.path) as connection:
-            query = (
-                "SELECT encoder, list(scale) FROM bags WHERE slide_id = ? GROUP BY encoder ORDER BY encoder"
-            )
+            query = "SELECT encoder, list(scale) FROM bags WHERE slide_id = ? GROUP BY encoder ORDER BY encoder"
             held = dict(connection.execute(query, [slide_id]).fetchall())
         if not held or (encoder is not None and encoder not in held) or (encoder is None and len(held) > 1):
             what = f"from encoder {encoder}" if encoder else "from one encoder"
-            message = f"slide {slide_id!r}: not in {self.path} {what}; encoders that have it: {', '.join(held) or 'none'}"
+            message = (
+                f"slide {slide_id!r}: not in {self.path} {what}; encoders that have it: {', '.join(held) or 'none'}"
+            )
             raise SlideNotFoundError(message)
         name = encoder or next(iter(held))
         return self.reader(name, sorted(held[name]), [slide_id], with_coords=True).read(slide_id)
+
+    def slide_rows(self, slide_id: str) -> dict[str, Any]:
+        """What the catalog says of one slide: {"slide": {...}, "patient": {...} or None, "bags": [{...}]}.
+
+        Raises
+        ------
+        SlideNotFoundError
+            No such slide; the message names similar ones.
+        """
+        return read_slide_rows(self.path, slide_id)
 
     def reader(
         self,
@@ -100,9 +111,7 @@ class Store:
         with_coords: bool = False,
     ) -> SlideReader:
         """A reader of many slides; see `SlideReader`."""
-        return SlideReader(
-            self.path, encoder, scales, slide_ids, cache_bytes=cache_bytes, with_coords=with_coords
-        )
+        return SlideReader(self.path, encoder, scales, slide_ids, cache_bytes=cache_bytes, with_coords=with_coords)
 
     def cohort(self, name: str, *, encoder: str | None = None, scales: Sequence[int] = SCALES) -> Cohort:
         """Labelled slides of a cohort that have every one of `scales`, and what was left out."""
@@ -196,9 +205,7 @@ class Store:
             catalog.reload_tables(self.path)
         return table
 
-    def import_splits(
-        self, folder: Path | str, cohort: str | None = None, name: str | None = None
-    ) -> SplitSet:
+    def import_splits(self, folder: Path | str, cohort: str | None = None, name: str | None = None) -> SplitSet:
         """Import `splits_<k>.csv` files as one split set (named after the folder by default).
 
         Raises
@@ -233,9 +240,7 @@ class Store:
             rows = connection.execute(query, [cohort]).fetchall()
         folds = make_folds([patient for patient, _ in rows], [event for _, event in rows], n_folds, seed)
         splits = SplitSet(name or f"made{n_folds}-seed{seed}", folds)
-        return self._keep_splits(
-            cohort, splits, f"made by cfstore, {n_folds} folds, seed {seed}, stratified by event"
-        )
+        return self._keep_splits(cohort, splits, f"made by cfstore, {n_folds} folds, seed {seed}, stratified by event")
 
     def _keep_splits(self, cohort: str, splits: SplitSet, source: str) -> SplitSet:
         with write_lock(self.path):
@@ -258,12 +263,13 @@ class Store:
         """A slide belongs to one cohort: refuse a second name for slides that were given one."""
         ids = [job.slide_id for job in plan.jobs]
         with catalog.connect(self.path) as connection:
-            query = "SELECT slide_id, cohort FROM internal.shard_slides WHERE cohort <> ? AND list_contains(?, slide_id) LIMIT 1"
+            query = (
+                "SELECT slide_id, cohort FROM internal.shard_slides "
+                "WHERE cohort <> ? AND list_contains(?, slide_id) LIMIT 1"
+            )
             other = connection.execute(query, [cohort, ids]).fetchone()
         if other:
-            message = (
-                f"slide {other[0]} was ingested with --cohort {other[1]}; use that name, or another --store"
-            )
+            message = f"slide {other[0]} was ingested with --cohort {other[1]}; use that name, or another --store"
             raise SlideNotFoundError(message)
 
 

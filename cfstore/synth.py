@@ -72,7 +72,7 @@ MODEL: Final = {
 }  # fmt: skip
 CLINICAL_COLUMNS: Final[list[object]] = [
     "cohort", "case_id", "slide_id", "survival_months", "censorship", "age", "is_female", "oncotree_code",
-    "site",
+    "site", "synthetic", "oracle_risk", "oracle_5x", "oracle_20x",
 ]  # fmt: skip
 
 Floats = NDArray[np.float32]
@@ -123,7 +123,8 @@ def synthesize(
 ) -> SynthSummary:
     """Write a synthetic cohort whose survival needs two scales together (see the module's text).
 
-    Writes `x5|x10|x20/h5_files/<slide>.h5` as CLAM does, `clinical.csv` with MCAT's columns,
+    Writes `x5|x10|x20/h5_files/<slide>.h5` as CLAM does, `clinical.csv` with MCAT's columns
+    (and `synthetic`, and the planted risk and fractions as `oracle_*`, so that SQL and reports see them),
     `splits/splits_<0…4>.csv`, `oracle.csv` (p, q and risk per slide) and, last, `synth.json`. The
     same arguments write the same bytes (another BLAS may round features differently).
 
@@ -168,9 +169,7 @@ def synthesize(
             progress(i + 1, slides)
     _write_tables(directory, cohort, rng)
     _write_splits(directory / "splits", cohort, rng)
-    summary = SynthSummary(
-        directory, slides, len(cohort.patients), n_patches, dim, seed, **_c_indices(cohort)
-    )
+    summary = SynthSummary(directory, slides, len(cohort.patients), n_patches, dim, seed, **_c_indices(cohort))
     _write_manifest(summary, patches)
     return summary
 
@@ -207,9 +206,7 @@ def _draw_cohort(slides: int, rng: np.random.Generator) -> _Cohort:
     return _Cohort(named, ids, tissue, cell, risk, months, death <= censoring)
 
 
-def _slide_bags(
-    size: int, fractions: dict[int, float], rng: np.random.Generator
-) -> Iterator[tuple[int, Ints, Floats]]:
+def _slide_bags(size: int, fractions: dict[int, float], rng: np.random.Generator) -> Iterator[tuple[int, Ints, Floats]]:
     """Scale, coords [N, 2] and the weights [N, RANK + 2] of the scale's loadings, coarse to fine."""
     wave, phase = rng.normal(scale=2 * np.pi / 10, size=(2, RANK + 4)), rng.uniform(0, 2 * np.pi, RANK + 4)
     for scale, coords in _nested_coords(size, rng).items():
@@ -225,9 +222,7 @@ def _write_bag(path: Path, coords: Ints, weights: Floats, loadings: Floats, rng:
     n, dim = len(coords), loadings.shape[1]
     block = max(32, BLOCK_VALUES // dim // 32 * 32)
     with h5py.File(path, "w") as file:
-        features = file.create_dataset(
-            "features", (n, dim), np.float32, maxshape=(None, dim), chunks=(32, dim)
-        )
+        features = file.create_dataset("features", (n, dim), np.float32, maxshape=(None, dim), chunks=(32, dim))
         file.create_dataset("coords", data=coords.astype(np.int32), maxshape=(None, 2), chunks=(32, 2))
         for start in range(0, n, block):
             rows = weights[start : start + block] @ loadings
@@ -292,8 +287,9 @@ def _write_tables(directory: Path, cohort: _Cohort, rng: np.random.Generator) ->
     for slide_id, i in cohort.slides:
         follow_up = [f"{cohort.months[i]:.2f}", int(~cohort.event[i])]
         person = [age[i], female[i], COHORT, f"D{site[i]}"]
-        clinical.append([COHORT, cohort.patients[i], f"{slide_id}.svs", *follow_up, *person])
         drawn = [f"{a[i]:.6f}" for a in (cohort.tissue, cohort.cell, cohort.risk)]
+        planted = ["yes", drawn[2], drawn[0], drawn[1]]
+        clinical.append([COHORT, cohort.patients[i], f"{slide_id}.svs", *follow_up, *person, *planted])
         oracle.append([slide_id, cohort.patients[i], *drawn])
     _write_csv(directory / "clinical.csv", clinical)
     _write_csv(directory / "oracle.csv", oracle)

@@ -22,9 +22,7 @@ from cfstore.splits import PARTS, SplitSet
 def _write(root: Path, name: str, rows: pa.Table, **origin: str) -> None:
     path = root / TABLES_DIR / f"{name}.parquet"
     temporary = path.with_name(f".{path.name}")
-    pq.write_table(
-        rows.replace_schema_metadata({f"cfstore.{key}": value for key, value in origin.items()}), temporary
-    )
+    pq.write_table(rows.replace_schema_metadata({f"cfstore.{key}": value for key, value in origin.items()}), temporary)
     temporary.replace(path)
 
 

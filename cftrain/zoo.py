@@ -108,9 +108,7 @@ def model_info(name: str) -> ModelInfo:
         Lists near names, and all of them.
     """
     if name not in MODELS:
-        raise UnknownModelError(
-            f"no model {name!r}.{_suggest(name, MODELS)} Models: {', '.join(sorted(MODELS))}"
-        )
+        raise UnknownModelError(f"no model {name!r}.{_suggest(name, MODELS)} Models: {', '.join(sorted(MODELS))}")
     return MODELS[name]
 
 

@@ -9,9 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 _MARKERS: Final = ("", "NA", "N/A", "nan", "NaN", "--", "'--", "#N/A", "[Not Available]", "[Not Applicable]")
-_MISSING: Final = pa.array(
-    sorted({m for marker in _MARKERS for m in (marker, marker.lower(), marker.upper())})
-)
+_MISSING: Final = pa.array(sorted({m for marker in _MARKERS for m in (marker, marker.lower(), marker.upper())}))
 # An answer in a text column ("Not Reported" is not "unknown"), but no number and no status.
 _NOT_REPORTED: Final = pa.array(["not reported", "Not Reported", "NOT REPORTED"])
 

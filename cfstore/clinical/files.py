@@ -118,9 +118,7 @@ def _utf8(path: Path, text: bytes) -> tuple[bytes, tuple[str, ...]]:
         text.decode("utf-8")
     except UnicodeDecodeError:
         # what Excel on Windows saves; its few undefined bytes cannot occur in the fields we read
-        return text.decode("cp1252", errors="replace").encode(), (
-            f"{path.name} is not UTF-8: read as Windows-1252",
-        )
+        return text.decode("cp1252", errors="replace").encode(), (f"{path.name} is not UTF-8: read as Windows-1252",)
     return text, ()
 
 
@@ -170,7 +168,5 @@ def _parsed(path: Path, header: _Header, body: bytes) -> pa.Table:
             ),
         )
     except pa.ArrowInvalid as error:
-        message = (
-            f"{path.name}: its rows do not fit its header of {len(numbers)} columns ({str(error)[:200]})"
-        )
+        message = f"{path.name}: its rows do not fit its header of {len(numbers)} columns ({str(error)[:200]})"
         raise ClinicalError(message) from error

@@ -211,9 +211,7 @@ def _gdc_time(raw: RawTable, form: Format, who: Patients, event: Floats) -> tupl
     np.fmax.at(longest, who.of_row, alive)
     time = np.where(event == 1, death, np.where(event == 0, longest[who.of_row], np.nan))
     names = [who.ids[number] for number in np.unique(who.of_row[early])]
-    notes = (
-        [f"follow-up before diagnosis (negative days) taken as missing: {_listed(names)}"] if names else []
-    )
+    notes = [f"follow-up before diagnosis (negative days) taken as missing: {_listed(names)}"] if names else []
     return time, notes
 
 
@@ -271,9 +269,7 @@ def _patients(
         "event": fields.pop("event"),
     }
     skipped = {raw.names.index(name) for name in taken if name in raw.names}
-    others = [
-        (n, typed(c)) for i, (n, c) in enumerate(zip(raw.names, raw.columns, strict=True)) if i not in skipped
-    ]
+    others = [(n, typed(c)) for i, (n, c) in enumerate(zip(raw.names, raw.columns, strict=True)) if i not in skipped]
     names, renamed = _distinct([*columns, *fields], [name for name, _ in others])
     several = []
     for name, column in (*fields.items(), *zip(names, (c for _, c in others), strict=True)):

@@ -6,20 +6,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
 from cfstore.parsers import hdf5, torch_file
 from cfstore.parsers.layout import Discovery, discover
 from cfstore.parsers.sources import BagHead, BagSource, RawBag
 
 __all__ = ["BagHead", "BagSource", "Discovery", "RawBag", "discover", "read_bag", "read_head"]
 
-_READERS = {".h5": hdf5, ".pt": torch_file}
+_HEADS: Mapping[str, Callable[[Path], BagHead]] = {".h5": hdf5.head, ".pt": torch_file.head}
+_READS: Mapping[str, Callable[[Path], RawBag]] = {".h5": hdf5.read, ".pt": torch_file.read}
 
 
 def read_head(source: BagSource) -> BagHead:
     """Shape and attributes of one bag, without its rows where the format allows; raises SourceError."""
-    return _READERS[source.path.suffix.lower()].head(source.path)
+    return _HEADS[source.path.suffix.lower()](source.path)
 
 
 def read_bag(source: BagSource) -> RawBag:
     """One whole bag; raises SourceError naming the file, what was found and what to do."""
-    return _READERS[source.path.suffix.lower()].read(source.path)
+    return _READS[source.path.suffix.lower()](source.path)

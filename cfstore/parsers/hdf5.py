@@ -40,7 +40,10 @@ def _features(path: Path, file: h5py.File) -> h5py.Dataset:
     declared = dataset.size * dataset.dtype.itemsize
     held = dataset.id.get_storage_size()
     if dataset.id.get_create_plist().get_nfilters() == 0 and held < declared:
-        message = f"{path}: 'features' declares {declared:,} bytes but holds {held:,}; writing it was cut short: extract it again"
+        message = (
+            f"{path}: 'features' declares {declared:,} bytes but holds {held:,}; "
+            "writing it was cut short: extract it again"
+        )
         raise UnreadableFileError(message)
     return dataset
 

@@ -53,9 +53,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, tuple[Path, ...]]]:
         files = tuple(
             Path(path, name)
             for name in sorted(names)
-            if name.lower().endswith(FEATURE_SUFFIXES)
-            and not name.startswith(".")
-            and not name.endswith("_patches.h5")
+            if name.lower().endswith(FEATURE_SUFFIXES) and not name.startswith(".") and not name.endswith("_patches.h5")
         )
         if files:
             yield Path(path), files
@@ -72,13 +70,9 @@ def _lineage(root: Path, path: Path) -> Iterator[Path]:
 def _classify(root: Path, path: Path, files: tuple[Path, ...]) -> _Folder:
     if path.name.startswith("features_") and _TRIDENT_PARENT.match(path.parent.name):
         stated = path.parent.name
-        return _Folder(
-            path, files, "trident", path.name.removeprefix("features_"), stated, scale_of_folder(stated)
-        )
+        return _Folder(path, files, "trident", path.name.removeprefix("features_"), stated, scale_of_folder(stated))
     layout = "clam" if path.name in _CLAM_DIRS else "flat"
-    stating = next(
-        (folder for folder in _lineage(root, path) if _STATES_MAGNIFICATION.match(folder.name)), None
-    )
+    stating = next((folder for folder in _lineage(root, path) if _STATES_MAGNIFICATION.match(folder.name)), None)
     if stating is None:
         return _Folder(path, files, layout, None, None, None)
     encoder = stating.parent.name if stating != root and stating.parent != root else None
@@ -102,13 +96,9 @@ def _select(root: Path, folders: list[_Folder], scale: int | None, notes: list[s
 
 def _prefer_h5(sources: list[BagSource], notes: list[str]) -> list[BagSource]:
     held = {(s.slide_id, s.scale, s.encoder) for s in sources if s.path.parent.name == "h5_files"}
-    kept = [
-        s for s in sources if s.path.parent.name != "pt_files" or (s.slide_id, s.scale, s.encoder) not in held
-    ]
+    kept = [s for s in sources if s.path.parent.name != "pt_files" or (s.slide_id, s.scale, s.encoder) not in held]
     if len(kept) < len(sources):
-        notes.append(
-            f"{len(sources) - len(kept)} .pt files repeat .h5 files, which have coordinates: the .h5 are read"
-        )
+        notes.append(f"{len(sources) - len(kept)} .pt files repeat .h5 files, which have coordinates: the .h5 are read")
     return kept
 
 
@@ -132,9 +122,7 @@ def _fallback_encoder(root: Path) -> str:
     return folder.parent.name if _STATES_MAGNIFICATION.match(folder.name) else folder.name
 
 
-def _sources(
-    root: Path, folders: list[_Folder], encoder: str | None, scale: int | None
-) -> Iterator[BagSource]:
+def _sources(root: Path, folders: list[_Folder], encoder: str | None, scale: int | None) -> Iterator[BagSource]:
     for folder in folders:
         own = folder.encoder if folder.layout == "trident" else encoder or folder.encoder
         name = own or _fallback_encoder(root)
@@ -148,7 +136,7 @@ def _choose_trident(folders: list[_Folder], encoder: str | None, root: Path) -> 
     named = [folder for folder in folders if folder.layout != "trident" or folder.encoder == encoder]
     if not named:
         held = sorted({str(folder.encoder) for folder in folders})
-        message = f"{root}: no features_{encoder} folder; it has features of {', '.join(held)}. Name one of these with --encoder"
+        message = f"{root}: no features_{encoder} folder; name one of {', '.join(held)} with --encoder"
         raise LayoutError(message)
     return named
 
@@ -194,6 +182,8 @@ def discover(root: Path, *, encoder: str | None = None, scale: int | None = None
     notes: list[str] = []
     chosen = _select(root, _choose_trident(folders, encoder, root), scale, notes)
     sources = _prefer_h5(list(_sources(root, chosen, encoder, scale)), notes)
+    if encoder is None and any(source.encoder == _fallback_encoder(root) for source in sources):
+        notes.append(f"encoder {_fallback_encoder(root)!r} is the folder's name; name it yourself with --encoder")
     if not sources:
         message = f"{root}: no bag at a scale of {SCALES}: {'; '.join(notes)}"
         raise LayoutError(message)

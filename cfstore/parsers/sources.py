@@ -60,7 +60,10 @@ def bag_shape(path: object, shape: tuple[int, ...]) -> tuple[int, int]:
         message = f"{path}: 'features' is empty, shape {shape}; extract the slide again or leave its file out"
         raise EmptyBagError(message)
     if len(shape) == 1:
-        message = f"{path}: 'features' is one vector of shape {shape}: a slide embedding, not a bag; give patch features [N, D]"
+        message = (
+            f"{path}: 'features' is one vector of shape {shape}: a slide embedding, "
+            "not a bag; give patch features [N, D]"
+        )
         raise ShapeError(message)
     if len(shape) != 2:
         message = f"{path}: 'features' has shape {shape}; expected patches x dimension, [N, D]"
@@ -71,9 +74,7 @@ def bag_shape(path: object, shape: tuple[int, ...]) -> tuple[int, int]:
 def check_float(path: object, dtype: str) -> None:
     """Raise ShapeError unless `dtype` names a float type."""
     if not dtype.startswith(("float", "bfloat")):
-        message = (
-            f"{path}: 'features' holds {dtype}, expected floating-point embeddings; is this a feature file?"
-        )
+        message = f"{path}: 'features' holds {dtype}, expected floating-point embeddings; is this a feature file?"
         raise ShapeError(message)
 
 
@@ -91,7 +92,10 @@ def level0_coords(path: object, coords: NDArray[np.generic], n_patches: int) -> 
         message = f"{path}: 'coords' has shape {coords.shape}; expected [N, 2]"
         raise ShapeError(message)
     if len(coords) != n_patches:
-        message = f"{path}: 'features' has {n_patches} rows but 'coords' has {len(coords)}; the file is damaged: extract it again"
+        message = (
+            f"{path}: 'features' has {n_patches} rows but 'coords' has {len(coords)}; "
+            "the file is damaged: extract it again"
+        )
         raise ShapeError(message)
     whole = coords.astype(np.int64)
     if coords.dtype.kind == "f" and not np.array_equal(whole, coords):

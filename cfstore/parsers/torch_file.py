@@ -23,8 +23,9 @@ def _load(path: Path) -> tuple[Any, Any]:
             warnings.simplefilter("ignore")  # torch's advice on storages is not for our users
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # torch.load raises whatever its zip and pickle layers raise
+        found = (str(error) or repr(error)).splitlines()[0][:120]
         message = (
-            f"{path}: cannot be opened as plain tensors ({str(error).splitlines()[0][:120] if str(error) else error!r}); "
+            f"{path}: cannot be opened as plain tensors ({found}); "
             "it is truncated, or a pickle that would have to run code: save the bare tensor again"
         )
         raise UnreadableFileError(message) from error

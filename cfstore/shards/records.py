@@ -67,9 +67,7 @@ class ShardRecord:
             content = dict(attributes["cfstore"])
             version = content.pop("format_version")
             if version > FORMAT_VERSION:
-                message = (
-                    f"{shard}: shard format {version}, this version reads up to {FORMAT_VERSION}; upgrade"
-                )
+                message = f"{shard}: shard format {version}, this version reads up to {FORMAT_VERSION}; upgrade"
                 raise StoreFormatError(message)
             slides = tuple(
                 SlideRecord(**{**slide, "bags": tuple(BagRecord(**bag) for bag in slide["bags"])})

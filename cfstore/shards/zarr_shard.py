@@ -197,7 +197,9 @@ class ShardReader:
             self._features = zarr.open_array(path / "features", mode="r")
             self._coords = zarr.open_array(path / "coords", mode="r")
         except (OSError, ValueError, KeyError) as error:
-            message = f"{path}: shard is missing or damaged ({error}); restore it, or ingest its slides into a new store"
+            message = (
+                f"{path}: shard is missing or damaged ({error}); restore it, or ingest its slides into a new store"
+            )
             raise StoreFormatError(message) from error
         self._path = path
 
@@ -209,8 +211,6 @@ class ShardReader:
             features = np.asarray(self._features[start:stop])
             places = np.asarray(self._coords[start:stop], dtype=np.int32) if coords else None
         except (OSError, ValueError, RuntimeError) as error:
-            message = (
-                f"{self._path}: rows {start} to {stop} cannot be decoded ({error}); the shard is damaged"
-            )
+            message = f"{self._path}: rows {start} to {stop} cannot be decoded ({error}); the shard is damaged"
             raise StoreFormatError(message) from error
         return features, places

@@ -64,9 +64,7 @@ class BagBatch:
             No slides, unequal numbers of names and bags, or features that are not [N_b, D] of one D a scale.
         """
         if not slide_ids or len(slide_ids) != len(bags):
-            raise ShapeError(
-                f"{len(slide_ids)} slides, {len(bags)} sets of bags; give one of each, at least once"
-            )
+            raise ShapeError(f"{len(slide_ids)} slides, {len(bags)} sets of bags; give one of each, at least once")
         scales = sorted(set().union(*bags))
         for slide_id, bag in zip(slide_ids, bags, strict=True):
             _check_bags(slide_id, bag, scales, bags[0])
@@ -95,14 +93,10 @@ class BagBatch:
         return len(self.slide_ids)
 
 
-def _check_bags(
-    slide_id: str, bags: Mapping[int, Tensor], scales: list[int], first: Mapping[int, Tensor]
-) -> None:
+def _check_bags(slide_id: str, bags: Mapping[int, Tensor], scales: list[int], first: Mapping[int, Tensor]) -> None:
     for scale in scales:
         if scale not in bags:
-            raise MissingScaleError(
-                f"{slide_id}: no features at {scale}x, which other slides of the batch have"
-            )
+            raise MissingScaleError(f"{slide_id}: no features at {scale}x, which other slides of the batch have")
         rows = bags[scale]
         if rows.ndim != 2 or (scale in first and rows.shape[1:] != first[scale].shape[1:]):
             width = first[scale].shape[-1] if scale in first else "D"

@@ -51,9 +51,7 @@ class SurvivalModel(nn.Module):
         """The packed features of one scale, [sum N_b, D], in the dtype the model computes in."""
         if scale not in batch.features:
             found = ", ".join(f"{scale}x" for scale in batch.features)
-            raise MissingScaleError(
-                f"{batch.slide_ids[0]}: {self.name} needs {scale}x, the batch has {found}"
-            )
+            raise MissingScaleError(f"{batch.slide_ids[0]}: {self.name} needs {scale}x, the batch has {found}")
         rows = batch.features[scale]
         if rows.shape[1] != self.feature_dim:
             widths = f"{rows.shape[1]} features a patch at {scale}x"

@@ -132,9 +132,7 @@ class ConvProcessor(nn.Module):
         if not self.training or self.dropout == 0:
             return x
         bags = torch.split(x, [side * side for side in grids])
-        return torch.cat(
-            [rows * functional.dropout(rows.new_ones(rows.shape[1]), self.dropout) for rows in bags]
-        )
+        return torch.cat([rows * functional.dropout(rows.new_ones(rows.shape[1]), self.dropout) for rows in bags])
 
 
 def _initialise(module: nn.Module) -> None:

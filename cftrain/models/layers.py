@@ -118,15 +118,11 @@ class PPEG(nn.Module):
 class GridTransformer(nn.Module):
     """Blocks, position encoding, blocks, layer norm: what both kinds of transformer are made of."""
 
-    def __init__(
-        self, embed_dim: int, n_heads: int, n_layers: int, dropout: float, attention_dropout: float
-    ) -> None:
+    def __init__(self, embed_dim: int, n_heads: int, n_layers: int, dropout: float, attention_dropout: float) -> None:
         super().__init__()
 
         def blocks() -> nn.ModuleList:
-            return nn.ModuleList(
-                Block(embed_dim, n_heads, dropout, attention_dropout) for _ in range(n_layers)
-            )
+            return nn.ModuleList(Block(embed_dim, n_heads, dropout, attention_dropout) for _ in range(n_layers))
 
         self.pre = blocks()
         self.ppeg = PPEG(embed_dim)
@@ -156,9 +152,7 @@ class ClassTokenTransformer(GridTransformer):
     The last block computes the class token's row only, an exact saving.
     """
 
-    def __init__(
-        self, embed_dim: int, n_heads: int, n_layers: int, dropout: float, attention_dropout: float
-    ) -> None:
+    def __init__(self, embed_dim: int, n_heads: int, n_layers: int, dropout: float, attention_dropout: float) -> None:
         super().__init__(embed_dim, n_heads, n_layers, dropout, attention_dropout)
         self.class_token = nn.Parameter(torch.empty(embed_dim))
 

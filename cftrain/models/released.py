@@ -84,9 +84,7 @@ def from_released(state: Mapping[str, Tensor], model: SurvivalModel) -> dict[str
         parts.setdefault(place(key).name, []).append(state[key])
     own = model.state_dict()
     if parts.keys() != own.keys():
-        raise ShapeError(
-            f"released weights do not name what {model.name} has: {sorted(parts.keys() ^ own.keys())}"
-        )
+        raise ShapeError(f"released weights do not name what {model.name} has: {sorted(parts.keys() ^ own.keys())}")
     return {name: _fitted(name, torch.cat(parts[name]), own[name]) for name in own}
 
 

@@ -135,9 +135,7 @@ def c_index(time_months: ArrayLike, event: ArrayLike, risk: ArrayLike) -> float:
         return math.nan
 
 
-def patient_level(
-    patient_id: ArrayLike, time_months: ArrayLike, event: ArrayLike, risk: ArrayLike
-) -> PatientLevel:
+def patient_level(patient_id: ArrayLike, time_months: ArrayLike, event: ArrayLike, risk: ArrayLike) -> PatientLevel:
     """Give each patient the mean risk of their slides, so that nobody counts twice.
 
     Parameters
@@ -284,9 +282,7 @@ def summarise(folds: Sequence[float]) -> FoldSummary:
     return {"mean": mean, "std": std, "folds": listed, "n_undefined": len(listed) - defined.size}
 
 
-def _columns(
-    time_months: ArrayLike, event: ArrayLike, risk: ArrayLike | None = None
-) -> tuple[Floats, Flags, Floats]:
+def _columns(time_months: ArrayLike, event: ArrayLike, risk: ArrayLike | None = None) -> tuple[Floats, Flags, Floats]:
     """Rows as arrays, checked; without risks, zeros."""
     times, happened = np.asarray(time_months, dtype=np.float64), np.asarray(event)
     risks = np.zeros_like(times) if risk is None else np.asarray(risk, dtype=np.float64)

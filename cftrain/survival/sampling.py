@@ -33,9 +33,7 @@ def class_weights(time_bin: ArrayLike, event: ArrayLike) -> NDArray[np.float64]:
     return bins.size / count[own].astype(np.float64)
 
 
-def epoch_order(
-    n: int, *, weights: ArrayLike | None = None, seed: int, epoch: int, fold: int
-) -> NDArray[np.int64]:
+def epoch_order(n: int, *, weights: ArrayLike | None = None, seed: int, epoch: int, fold: int) -> NDArray[np.int64]:
     """Rows to visit in one epoch, in order: [n] int64, the same for the same arguments, whatever ran before.
 
     Without weights a permutation of 0…n-1. With weights n draws with replacement, each row in proportion to

@@ -43,9 +43,7 @@ def check_grids(x: Tensor, grid_sizes: tuple[int, ...], prefix: int = 0) -> None
         raise ShapeError(f"tokens must be [T, D], got {list(x.shape)}")
     rows = sum(prefix + side * side for side in grid_sizes)
     if min(grid_sizes, default=0) < 1 or prefix < 0 or rows != x.shape[0]:
-        raise ShapeError(
-            f"grids of sides {grid_sizes} with {prefix} tokens before each do not hold {x.shape[0]}"
-        )
+        raise ShapeError(f"grids of sides {grid_sizes} with {prefix} tokens before each do not hold {x.shape[0]}")
 
 
 def check_windows(windows: dict[int, tuple[Tensor, Tensor]], channels: int, inputs: int) -> None:
@@ -60,6 +58,4 @@ def check_windows(windows: dict[int, tuple[Tensor, Tensor]], channels: int, inpu
         expected = (channels, inputs, side, side)
         if tuple(weight.shape) != expected or tuple(bias.shape) != (channels,):
             found = f"{list(weight.shape)} and {list(bias.shape)}"
-            raise ShapeError(
-                f"weight{side}, bias{side} must be {list(expected)} and [{channels}], got {found}"
-            )
+            raise ShapeError(f"weight{side}, bias{side} must be {list(expected)} and [{channels}], got {found}")

@@ -141,8 +141,9 @@ def test_the_clinical_table_has_the_columns_of_mcat_and_plainly_synthetic_ids(de
     rows = read_csv(demo / "clinical.csv")
     assert list(rows[0]) == [
         "cohort", "case_id", "slide_id", "survival_months", "censorship", "age", "is_female", "oncotree_code",
-        "site",
+        "site", "synthetic", "oracle_risk", "oracle_5x", "oracle_20x",
     ]  # fmt: skip
+    assert {row["synthetic"] for row in rows} == {"yes"}
     assert {row["cohort"] for row in rows} == {"DEMO"}
     assert all(row["slide_id"] in (f"{row['case_id']}-01.svs", f"{row['case_id']}-02.svs") for row in rows)
     assert rows[0]["case_id"] == "DEMO-0001"

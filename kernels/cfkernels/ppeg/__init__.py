@@ -47,6 +47,4 @@ def ppeg(
     """
     check_grids(x, grid_sizes, prefix)
     check_windows({7: (weight7, bias7), 5: (weight5, bias5), 3: (weight3, bias3)}, x.shape[1], 1)
-    return ppeg_reference(
-        x, (weight7, weight5, weight3), (bias7, bias5, bias3), grid_sizes=grid_sizes, prefix=prefix
-    )
+    return ppeg_reference(x, (weight7, weight5, weight3), (bias7, bias5, bias3), grid_sizes=grid_sizes, prefix=prefix)

@@ -1,0 +1,575 @@
+"""The `cfstore` command: arguments in, one library call, text out. The only module here that prints."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from cfstore.errors import StoreError
+
+F = TypeVar("F", bound=Callable[..., Any])
+_SHOWN = 5  # names listed before "and N more"
+_QUIET_SECONDS = 2.0
+
+
+class _Group(click.Group):
+    """Turns what the library raises on purpose into one message and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StoreError as error:
+            raise click.ClickException(str(error)) from error
+
+
+def _store_option(command: F) -> F:
+    return click.option(
+        "--store",
+        type=click.Path(path_type=Path),
+        envvar="CFSTORE",
+        default=Path("cfstore-data"),
+        show_default=True,
+        help="The store's directory; also $CFSTORE.",
+    )(command)
+
+
+def _json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(command)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="crossfusion-store")
+def main() -> None:
+    """Patch embeddings of whole-slide images in a verified store, with SQL.
+
+    \b
+    Example:
+        cfstore ingest h5dir/
+        cfstore sql "SELECT cohort, count(*) FROM slides GROUP BY cohort"
+    """
+
+
+# -- ingest --------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("h5dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--cohort", metavar="NAME", help="Cohort of the slides [default: the clinical table's, else the folder].")
+@click.option("--encoder", metavar="NAME", help="Encoder of the features [default: what the folders say].")
+@click.option("--scale", type=click.Choice(["5", "10", "20"]), help="Scale, where neither folders nor files say.")
+@click.option("--clinical", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Clinical table.")
+@click.option(
+    "--splits", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of splits_<k>.csv."
+)
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
+@click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="Bad files: stop before anything is written, or leave their slides out.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what was understood and what would be written; write nothing.")
+@_store_option
+@_json_option
+def ingest(
+    h5dir: Path,
+    cohort: str | None,
+    encoder: str | None,
+    scale: str | None,
+    clinical: Path | None,
+    splits: Path | None,
+    dtype: Any,
+    on_error: Any,
+    dry_run: bool,
+    store: Path,
+    as_json: bool,
+) -> None:
+    """Take over a folder of feature files (CLAM, TRIDENT, or plain .h5/.pt).
+
+    Slides that are in the store already are left as they are: run it again after adding files.
+
+    \b
+    Example:
+        cfstore ingest h5dir/
+        cfstore ingest bags/ --scale 20 --encoder uni --cohort BLCA --clinical blca.csv
+    """
+    from cfstore.store import IngestOptions, open_store, plan_ingest
+
+    options = IngestOptions(
+        cohort=cohort,
+        encoder=encoder,
+        scale=int(scale) if scale else None,
+        clinical=clinical,
+        splits=splits,
+        dtype=dtype,
+    )
+    exists = (store / "store.json").exists()
+    opened = open_store(store, create=True) if exists or not dry_run else None
+    with _progress("looking at files", "files") as step:
+        plan = plan_ingest(h5dir, options, opened, step)
+    say = _printer(as_json)
+    for line in _describe_plan(plan):
+        say(line)
+    if dry_run or opened is None:
+        for problem in plan.problems:
+            say(f"problem    {problem.error}")
+        if as_json:
+            _print_json(_plan_json(plan))
+        sys.exit(1 if plan.problems and on_error == "stop" else 0)
+    with _progress("writing", "slides") as step:
+        report = opened.ingest(h5dir, options, plan=plan, on_error=on_error, progress=step)
+    for line in _describe_report(report):
+        say(line)
+    for row in opened.info().cohorts:
+        say(
+            f"cohort     {row['cohort']}: {row['n_slides']} slides; with a label {row['n_labelled_slides']} "
+            f"of {row['n_labelled_patients']} patients, {row['n_events']} events"
+        )
+    if as_json:
+        _print_json(_report_json(plan, report, store))
+
+
+def _describe_plan(plan: Any) -> Iterator[str]:
+    scales = ", ".join(f"{scale}x" for scale in plan.scales)
+    yield f"layout     {plan.layout}: scales {scales}"
+    yield "encoder    " + ", ".join(f"{name} (D={dim})" for name, dim in sorted(plan.dims.items()))
+    yield f"slides     {plan.n_slides} found, {plan.n_present} in the store already, {len(plan.jobs)} to write"
+    for note in plan.notes:
+        yield f"note       {note}"
+    if plan.incomplete:
+        listed = [f"{slide} (no {', '.join(f'{s}x' for s in lacking)})" for slide, lacking in plan.incomplete.items()]
+        yield f"incomplete {len(listed)} slides lack a scale: {_some(listed)}"
+    yield from _describe_clinical(plan)
+    if plan.splits:
+        yield f"splits     {plan.splits}"
+    yield (
+        f"bytes      {_bytes(plan.source_bytes)} to read, "
+        f"{_bytes(plan.feature_bytes)} as {plan.dtype} before compression"
+    )
+
+
+def _describe_clinical(plan: Any) -> Iterator[str]:
+    if plan.clinical is None:
+        yield "clinical   no table found in the folder; add one later with `cfstore clinical FILE`"
+        return
+    table = plan.clinical
+    matched, total = plan.match_clinical()
+    yield f"clinical   {table.source} ({table.format})"
+    yield f"           {len(table.patients)} patients; {matched} of {total} slides matched"
+    for note in table.notes:
+        yield f"           {note}"
+
+
+def _describe_report(report: Any) -> Iterator[str]:
+    if not report.n_slides and not report.problems:
+        yield f"done       nothing to write: all {report.n_present} slides are in the store already"
+        return
+    speed = report.source_bytes / max(report.seconds, 1e-9)
+    ratio = f", {report.stored_bytes / report.source_bytes:.2f} of the source" if report.source_bytes else ""
+    yield (
+        f"done       {report.n_slides} slides ({report.n_bags} bags) in {report.n_shards} shards: "
+        f"{_bytes(report.source_bytes)} -> {_bytes(report.stored_bytes)}{ratio}, "
+        f"{report.seconds:.1f} s, {_bytes(speed)}/s"
+    )
+    for problem in report.problems:
+        yield f"left out   {problem.slide_id}: {problem.error}"
+
+
+def _plan_json(plan: Any) -> dict[str, Any]:
+    matched, _ = plan.match_clinical()
+    return {
+        "layout": plan.layout,
+        "scales": plan.scales,
+        "encoders": dict(plan.dims),
+        "n_slides": plan.n_slides,
+        "n_present": plan.n_present,
+        "n_to_write": len(plan.jobs),
+        "missing_scales": dict(plan.incomplete),
+        "clinical": str(plan.clinical.source) if plan.clinical else None,
+        "n_matched": matched,
+        "splits": str(plan.splits) if plan.splits else None,
+        "source_bytes": plan.source_bytes,
+        "feature_bytes": plan.feature_bytes,
+        "problems": [_problem_json(problem) for problem in plan.problems],
+    }
+
+
+def _problem_json(problem: Any) -> dict[str, str]:
+    return {
+        "slide_id": problem.slide_id,
+        "encoder": problem.encoder,
+        "source": problem.source,
+        "error": type(problem.error).__name__,
+        "message": str(problem.error),
+    }
+
+
+def _report_json(plan: Any, report: Any, store: Path) -> dict[str, Any]:
+    done = asdict(report) | {"problems": [_problem_json(problem) for problem in report.problems], "store": str(store)}
+    return {"plan": _plan_json(plan), **done}
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--cohort", metavar="NAME", help="Cohort of its patients, where the table does not say.")
+@_store_option
+@_json_option
+def clinical(file: Path, cohort: str | None, store: Path, as_json: bool) -> None:
+    """Import a clinical table: who, how long followed, died or not, and every other column.
+
+    Recognised by their columns: MCAT/PORPOISE/CrossFusion, SurvPath, MMP, TCGA-CDR, cBioPortal,
+    GDC (old and new), and plain patient_id, time_months, event.
+
+    \b
+    Example:
+        cfstore clinical tcga_blca_all_clean.csv.zip --cohort BLCA
+    """
+    from cfstore.store import open_store
+
+    opened = open_store(store, create=True)
+    table = opened.import_clinical(file, cohort)
+    events = sum(bool(event) for event in table.patients["event"].to_pylist())
+    say = _printer(as_json)
+    cohorts = sorted(set(table.patients["cohort"].to_pylist()))
+    say(f"{file} ({table.format}): {len(table.patients)} patients, {events} events, cohort {', '.join(cohorts)}")
+    for note in table.notes:
+        say(f"  {note}")
+    if as_json:
+        _print_json(
+            {
+                "format": table.format,
+                "cohorts": cohorts,
+                "n_patients": len(table.patients),
+                "n_events": events,
+                "notes": table.notes,
+            }
+        )
+
+
+@main.command()
+@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--make", "n_folds", type=click.IntRange(min=2), help="Make this many folds instead, stratified by event."
+)
+@click.option("--cohort", metavar="NAME", help="The cohort [default: the only one].")
+@click.option("--name", help="Name of the split set [default: the folder's name].")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of --make.")
+@_store_option
+@_json_option
+def splits(
+    folder: Path | None,
+    n_folds: int | None,
+    cohort: str | None,
+    name: str | None,
+    seed: int,
+    store: Path,
+    as_json: bool,
+) -> None:
+    """Import folds of patients from splits_<k>.csv files, or make them.
+
+    \b
+    Example:
+        cfstore splits splits/tcga_blca --cohort BLCA
+        cfstore splits --make 5
+    """
+    from cfstore.store import open_store
+
+    if (folder is None) == (n_folds is None):
+        message = "give a folder of splits_<k>.csv, or --make K"
+        raise click.UsageError(message)
+    opened = open_store(store)
+    if folder is not None:
+        made = opened.import_splits(folder, cohort, name)
+    else:
+        made = opened.make_splits(n_folds or 0, cohort, seed=seed, name=name)
+    rows = [{"fold": k, "train": len(fold.train), "val": len(fold.val)} for k, fold in made.folds.items()]
+    if as_json:
+        _print_json({"name": made.name, "folds": rows})
+    else:
+        click.echo(f"splits {made.name}: {len(rows)} folds of patients")
+        _echo_rows(rows)
+
+
+# -- looking -------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("query")
+@click.option(
+    "--format", "form", type=click.Choice(["table", "csv", "json", "parquet"]), default="table", show_default=True
+)
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file.")
+@click.option(
+    "--runs", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Also see these training runs."
+)
+@_store_option
+def sql(query: str, form: str, output: Path | None, runs: Path | None, store: Path) -> None:
+    """Run one read-only SQL query over patients, slides, bags, splits and skipped.
+
+    With --runs DIR also over runs and predictions. Nothing outside the store can be read or
+    written from SQL.
+
+    \b
+    Example:
+        cfstore sql "SELECT cohort, count(*), sum(event::int) FROM patients GROUP BY cohort"
+        cfstore sql "SELECT * FROM bags WHERE scale = 20" --format parquet -o bags.parquet
+        cfstore sql "SELECT run, c_index FROM runs ORDER BY c_index DESC" --runs runs/
+    """
+    from cfstore.runs import read_runs
+    from cfstore.store import open_store
+
+    if form == "parquet" and output is None and sys.stdout.isatty():
+        message = "parquet is binary: write it to a file with -o FILE"
+        raise click.UsageError(message)
+    rows = open_store(store).sql(query, read_runs(runs) if runs else None)
+    _write_rows(rows, form, output)
+
+
+def _write_rows(rows: Any, form: str, output: Path | None) -> None:
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    if form in ("csv", "parquet"):
+        write = pyarrow.csv.write_csv if form == "csv" else pyarrow.parquet.write_table
+        write(rows, str(output) if output else sys.stdout.buffer)
+        return
+    if form == "json":
+        text = json.dumps(_plain(rows.to_pylist()), indent=2)
+    else:
+        columns = [rows.column(i).to_pylist() for i in range(rows.num_columns)]
+        text = _table(rows.column_names, list(zip(*columns, strict=True)))
+    if output:
+        output.write_text(text + "\n")
+    else:
+        click.echo(text)
+
+
+@main.command()
+@_store_option
+@_json_option
+def info(store: Path, as_json: bool) -> None:
+    """Show what the store holds, which labels and slides miss each other, and what was left out.
+
+    \b
+    Example:
+        cfstore info
+        cfstore info --json
+    """
+    from cfstore.store import open_store
+
+    found = open_store(store).info()
+    if as_json:
+        _print_json(asdict(found))
+        return
+    click.echo(f"store {found.path}: {_bytes(found.stored_bytes)} of features, made {found.created}")
+    for title, rows in (("cohorts", found.cohorts), ("bags", _readable(found.encoders)), ("splits", found.splits)):
+        if rows:
+            click.echo(f"\n{title}")
+            _echo_rows(rows)
+    for title, rows in (
+        ("slides without a label", found.slides_without_label),
+        ("labels without a slide", found.labels_without_slide),
+        ("slides lacking a scale", found.slides_missing_scale),
+        ("slides left out at ingest", found.skipped),
+    ):
+        click.echo(f"\n{title}: {len(rows)}")
+        if rows:
+            _echo_rows(rows[:20])
+        if len(rows) > 20:
+            click.echo(f"... and {len(rows) - 20} more; all of them with --json")
+
+
+def _readable(encoders: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {**row, "bytes": _bytes(row["bytes"]), "rms_relative_error": f"{row['rms_relative_error']:.1e}"}
+        for row in encoders
+    ]
+
+
+@main.command()
+@click.argument("slide")
+@_store_option
+@_json_option
+def show(slide: str, store: Path, as_json: bool) -> None:
+    """Show one slide: its patient and its bags.
+
+    \b
+    Example:
+        cfstore show TCGA-02-0047-01Z-00-DX1.4755D138-5842-4159-848C-4248D6D53DE0
+    """
+    from cfstore.names import strip_suffixes
+    from cfstore.store import open_store
+
+    found = open_store(store).slide_rows(strip_suffixes(slide))
+    if as_json:
+        _print_json(found)
+        return
+    for name, value in {**found["slide"], **(found["patient"] or {})}.items():
+        click.echo(f"{name:<16} {'' if value is None else value}")
+    click.echo()
+    _echo_rows(
+        [
+            {
+                k: bag[k]
+                for k in ("encoder", "scale", "n_patches", "dim", "dtype", "has_coords", "shard", "row_start", "source")
+            }
+            for bag in found["bags"]
+        ]
+    )
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--slides", type=click.IntRange(min=10), default=100, show_default=True, help="Number of slides.")
+@click.option("--patches", type=click.IntRange(min=16), default=13_496, show_default=True, help="Mean patches at 20x.")
+@click.option("--dim", type=click.IntRange(min=8), default=64, show_default=True, help="Feature dimension.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@_json_option
+def synth(directory: Path, slides: int, patches: int, dim: int, seed: int, as_json: bool) -> None:
+    """Make a synthetic cohort DEMO to try things on: CLAM files, clinical table, splits.
+
+    Survival depends on a signal that needs 5x and 20x together; the C-index of the planted
+    risk, and of the best predictor that sees one scale only, are printed and kept.
+
+    \b
+    Example:
+        cfstore synth demo/h5 --slides 80 --patches 256
+        cfstore ingest demo/h5
+    """
+    from cfstore.synth import synthesize
+
+    with _progress("making slides", "slides") as step:
+        made = synthesize(directory, slides=slides, patches=patches, dim=dim, seed=seed, progress=step)
+    if as_json:
+        _print_json(asdict(made))
+        return
+    counts = ", ".join(f"{scale}x {total:,}" for scale, total in sorted(made.n_patches.items()))
+    click.echo(
+        f"synthetic cohort DEMO in {directory}: {made.n_slides} slides of {made.n_patients} patients; patches {counts}"
+    )
+    click.echo(
+        f"C-index of the planted risk {made.c_index_oracle:.3f}; "
+        f"of the best single-scale predictor {made.c_index_best_single_scale:.3f}"
+    )
+
+
+# -- printing ------------------------------------------------------------------------------------
+
+
+def _printer(as_json: bool) -> Callable[[str], None]:
+    """Text goes to stdout, or to stderr where stdout carries JSON."""
+    return lambda line: click.echo(line, err=as_json)
+
+
+@contextmanager
+def _progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; elsewhere a line at every tenth of what takes long. All on stderr."""
+    if sys.stderr.isatty():
+        with _bar(label) as step:
+            yield step
+        return
+    last, started = 0, time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        tenth = 10 * done // max(total, 1)
+        if tenth > last and time.monotonic() - started > _QUIET_SECONDS:
+            last = tenth
+            click.echo(f"{label}: {done} of {total} {unit}", err=True)
+
+    yield tell
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    bar: Any = None
+
+    def step(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = click.progressbar(length=total, label=label, file=sys.stderr, show_pos=True)
+            bar.__enter__()
+        bar.update(done - bar.pos)
+
+    try:
+        yield step
+    finally:
+        if bar is not None:
+            bar.update(bar.length - bar.pos if sys.exc_info()[0] is None else 0)
+            bar.__exit__(None, None, None)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN, no dates and no 128-bit integers."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def _print_json(content: Any) -> None:
+    click.echo(json.dumps(_plain(content), indent=2))
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _some(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more
+
+
+def _echo_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    click.echo(_table(list(rows[0]), [tuple(row.values()) for row in rows]))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value).replace("\n", " ")
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns padded to their widest cell; numbers to the right."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(names)]
+    numeric = [
+        bool(rows) and all(isinstance(row[i], (int, float, Decimal)) or row[i] is None for row in rows)
+        for i in range(len(names))
+    ]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(names), line(["-" * width for width in widths]), *map(line, cells)])
