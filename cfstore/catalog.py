@@ -113,7 +113,8 @@ def _load_table(connection: duckdb.DuckDBPyConnection, root: Path, table: str, p
     )
 
 
-def _labels(connection: duckdb.DuckDBPyConnection, root: Path) -> dict[str, CohortLabels]:
+def read_labels(connection: duckdb.DuckDBPyConnection, root: Path) -> dict[str, CohortLabels]:
+    """What the imported clinical tables say, by cohort."""
     patients = connection.execute("SELECT cohort, patient_id FROM patients").fetchall()
     files = _tables(root, SLIDE_LABELS_PREFIX)
     query = "SELECT cohort, slide_id, patient_id FROM read_parquet(?)"
@@ -122,7 +123,7 @@ def _labels(connection: duckdb.DuckDBPyConnection, root: Path) -> dict[str, Coho
 
 
 def _resolve_slides(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
-    labels = _labels(connection, root)
+    labels = read_labels(connection, root)
     query = (
         "SELECT slide_id, max(cohort), arg_min(folder, split_part(shard, '/', 3)) "  # shard names sort by time
         "FROM internal.shard_slides GROUP BY slide_id ORDER BY slide_id"
@@ -199,6 +200,12 @@ def without_known(root: Path, record: ShardRecord) -> ShardRecord:
     return replace(record, slides=tuple(new))
 
 
+def sql_string(path: Path) -> str:
+    """`path` as an SQL string, where a statement takes no parameter."""
+    quoted = str(path).replace("'", "''")
+    return f"'{quoted}'"
+
+
 def connect(root: Path) -> duckdb.DuckDBPyConnection:
     """A read-only connection for the store's own queries (users' SQL goes through `query`).
 
@@ -211,8 +218,12 @@ def connect(root: Path) -> duckdb.DuckDBPyConnection:
     if not path.exists():
         message = f"{path}: the catalog is missing; `cfstore ingest` of any folder rebuilds it from the shards"
         raise StoreFormatError(message)
-    try:
-        return duckdb.connect(path, read_only=True)
+    connection = duckdb.connect(":memory:")
+    try:  # not duckdb.connect(path): that hands out the process's open database, even when its file was replaced
+        connection.execute(f"ATTACH {sql_string(path)} AS store (READ_ONLY)")
+        connection.execute("USE store")
+        return connection
     except duckdb.Error as error:
+        connection.close()
         message = f"{path}: the catalog cannot be opened ({error}); delete it, the next `cfstore ingest` rebuilds it"
         raise StoreFormatError(message) from error

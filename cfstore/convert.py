@@ -23,7 +23,6 @@ class StoredBag:
 
     features: NDArray[np.generic]
     coords: NDArray[np.int32] | None
-    source_dtype: str
     max_abs_error: float
     rms_relative_error: float
 
@@ -58,7 +57,7 @@ def convert(source: BagSource, dtype: str) -> StoredBag:
     raw = read_bag(source)
     _check_finite(source, raw.features)
     largest = float(np.abs(raw.features).max())
-    if largest > np.finfo(dtype).max:
+    if largest > float(np.finfo(dtype).max):  # as float: NumPy would round `largest` to the dtype first
         message = (
             f"{source.path}: a feature of magnitude {largest:,.6g} does not fit {dtype} "
             f"(at most {np.finfo(dtype).max:,.0f}); store this encoder with --dtype float32"
@@ -73,7 +72,7 @@ def convert(source: BagSource, dtype: str) -> StoredBag:
         squared += float(np.square(error).sum())
         total += float(np.square(exact).sum())
     relative = float(np.sqrt(squared / total)) if total else 0.0
-    return StoredBag(stored, raw.coords, str(raw.features.dtype), worst, relative)
+    return StoredBag(stored, raw.coords, worst, relative)
 
 
 def digest_of_source(source: BagSource, dtype: str) -> str:

@@ -7,6 +7,7 @@ the next ingest, and what was being written is swept away.
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Final, Literal
 
 from cfstore import catalog
 from cfstore.convert import StoredBag, convert
-from cfstore.errors import SourceError
+from cfstore.errors import SourceError, UnreadableFileError
 from cfstore.locks import hold_folder, sweep, write_lock
 from cfstore.parsers import BagHead, BagSource
 from cfstore.plan import IngestPlan, Problem, SlideJob, raise_problems
@@ -64,8 +65,24 @@ def _whole(value: float | None) -> int | None:
     return None if value is None else round(value)
 
 
-def _bag_record(source: BagSource, head: BagHead, bag: StoredBag, row_start: int) -> BagRecord:
-    stat = source.path.stat()
+def _take(source: BagSource, head: BagHead, dtype: str) -> tuple[StoredBag, os.stat_result]:
+    """The bag and its file's size and time, as they were before it was read."""
+    try:
+        stat = source.path.stat()
+    except OSError as error:
+        message = f"{source.path}: cannot be read any more ({error.strerror}); run the ingest again"
+        raise UnreadableFileError(message) from error
+    bag = convert(source, dtype)
+    if bag.features.shape != (head.n_patches, head.dim):
+        message = (
+            f"{source.path}: has {bag.features.shape} features, {(head.n_patches, head.dim)} a moment ago; "
+            "it is still being written: run the ingest again when it is done"
+        )
+        raise UnreadableFileError(message)
+    return bag, stat
+
+
+def _bag_record(source: BagSource, stat: os.stat_result, head: BagHead, bag: StoredBag, row_start: int) -> BagRecord:
     return BagRecord(
         scale=source.scale,
         row_start=row_start,
@@ -75,7 +92,7 @@ def _bag_record(source: BagSource, head: BagHead, bag: StoredBag, row_start: int
         source=str(source.path.resolve()),
         source_bytes=stat.st_size,
         source_mtime_ns=stat.st_mtime_ns,
-        source_dtype=bag.source_dtype,
+        source_dtype=head.dtype,
         max_abs_error=bag.max_abs_error,
         rms_relative_error=bag.rms_relative_error,
         mpp=head.attributes.get("mpp"),
@@ -103,18 +120,20 @@ class _Ingest:
         self.records: list[ShardRecord] = []
 
     def _write_slide(self, shard: ShardWriter, job: SlideJob) -> SlideRecord | None:
-        try:
-            bags = [convert(source, self.plan.dtype) for source in job.sources]
-        except SourceError as error:
-            problem = Problem(job.slide_id, job.encoder, str(job.sources[0].path), error)
-            if self.on_error == "stop":
-                raise_problems([problem])
-            self.problems.append(problem)
-            return None
+        bags = []
+        for source, head in zip(job.sources, job.heads, strict=True):
+            try:
+                bags.append(_take(source, head, self.plan.dtype))
+            except SourceError as error:
+                problem = Problem(job.slide_id, job.encoder, str(source.path), error)
+                if self.on_error == "stop":
+                    raise_problems([problem])
+                self.problems.append(problem)
+                return None
         shard.begin_slide()
         records = tuple(
-            _bag_record(source, head, bag, shard.append(bag.features, bag.coords))
-            for source, head, bag in zip(job.sources, job.heads, bags, strict=True)
+            _bag_record(source, stat, head, bag, shard.append(bag.features, bag.coords))
+            for source, head, (bag, stat) in zip(job.sources, job.heads, bags, strict=True)
         )
         return SlideRecord(job.slide_id, self.cohort, self.plan.folder.resolve().name, records)
 
@@ -157,7 +176,7 @@ class _Ingest:
 def prepare(root: Path) -> None:
     """Finish what an earlier ingest left: register published shards, remove unpublished ones."""
     with write_lock(root):
-        for folder in (root / FEATURES_DIR).iterdir():
+        for folder in (root / FEATURES_DIR).glob("*"):
             sweep(folder, TEMPORARY_PREFIX)
         catalog.reconcile(root)
 

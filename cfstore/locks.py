@@ -79,7 +79,10 @@ def sweep(folder: Path, prefix: str) -> int:
     """Remove what writers that died left behind: folders named `prefix`* that nobody has locked."""
     removed = 0
     for leftover in sorted(folder.glob(f"{prefix}*")):
-        handle = os.open(leftover, os.O_RDONLY)
+        try:
+            handle = os.open(leftover, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # its writer was faster
         try:
             if try_lock(handle):
                 shutil.rmtree(leftover)

@@ -204,8 +204,6 @@ def _check_unchanged(source: BagSource, bag: HeldBag) -> None:
     stat = source.path.stat()
     if (stat.st_size, stat.st_mtime_ns) == (bag.source_bytes, bag.source_mtime_ns):
         return
-    if stat.st_size == bag.source_bytes and str(source.path.resolve()) != bag.source:
-        return  # the same folder, copied
     if digest_of_source(source, bag.dtype) != bag.digest:
         message = (
             f"{source.path}: slide {source.slide_id} at {source.scale}x is in the store with other content "
@@ -236,7 +234,7 @@ def make_plan(
     discovery = discover(folder, encoder=encoder, scale=scale)
     for name in {source.encoder for source in discovery.sources}:
         check_name("encoder", name, "--encoder")
-    problems: list[Problem] = []
+    problems = [Problem(s.slide_id, s.encoder, str(s.path), error) for s, error in discovery.unreadable]
     found = _heads(discovery.sources, problems, progress)
     present = held(sorted({source.encoder for source in discovery.sources}))
     dims = _dims(found, present)
@@ -266,7 +264,7 @@ def make_plan(
         scales=tuple(sorted({source.scale for source in discovery.sources})),
         dims=dims,
         jobs=jobs,
-        slide_ids=frozenset(source.slide_id for source in discovery.sources),
+        slide_ids=frozenset([*(s.slide_id for s in discovery.sources), *(problem.slide_id for problem in problems)]),
         n_present=len(there - set(todo)),
         incomplete=_incomplete(discovery.sources, present),
         problems=tuple(problems),

@@ -14,7 +14,7 @@ from typing import Final
 import duckdb
 import pyarrow as pa
 
-from cfstore.catalog import connect
+from cfstore.catalog import connect, sql_string
 from cfstore.errors import QueryError
 from cfstore.schema import CATALOG_FILE, TABLES
 
@@ -32,7 +32,7 @@ def run_query(root: Path, query: str, extra: Mapping[str, pa.Table] | None = Non
     """
     connect(root).close()  # names what is wrong with the catalog, if anything is
     with duckdb.connect(":memory:", config={"python_enable_replacements": "false"}) as connection:
-        connection.execute(f"ATTACH '{_quoted(root / CATALOG_FILE)}' AS store (READ_ONLY)")
+        connection.execute(f"ATTACH {sql_string(root / CATALOG_FILE)} AS store (READ_ONLY)")
         for name, rows in (extra or {}).items():
             connection.register(f"incoming_{name}", rows)
             connection.execute(f'CREATE TABLE "{name}" AS SELECT * FROM incoming_{name}')
@@ -43,10 +43,6 @@ def run_query(root: Path, query: str, extra: Mapping[str, pa.Table] | None = Non
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
         return _run(connection, query)
-
-
-def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")
 
 
 def _run(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:

@@ -105,6 +105,11 @@ class SlideReader:
         cached = self._cache.get(slide_id)
         if cached is not None:
             return cached
+        if slide_id not in self._locations:
+            message = (
+                f"slide {slide_id!r}: this reader was made for {len(self._locations)} other slides of {self._root}"
+            )
+            raise SlideNotFoundError(message)
         bags = {}
         for scale, place in self._locations[slide_id].items():
             stop = place.row_start + place.n_patches

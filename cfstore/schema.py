@@ -161,6 +161,9 @@ def read_header(root: Path) -> StoreHeader:
     except (ValueError, KeyError, TypeError) as error:
         message = f"{path}: not a store header ({error}); restore the file or ingest into a new --store"
         raise StoreFormatError(message) from error
+    if not isinstance(version, int):
+        message = f"{path}: not a store header (format_version {version!r}); restore the file or use a new --store"
+        raise StoreFormatError(message)
     if version > FORMAT_VERSION:
         message = (
             f"{root}: store format {version}, this version reads up to {FORMAT_VERSION}; upgrade crossfusion-store"

@@ -121,6 +121,9 @@ def make_folds(patients: Sequence[str], event: Sequence[bool], n_folds: int, see
     if n_folds < 2 or len(patients) < n_folds:
         message = f"cannot make {n_folds} folds of {len(patients)} labelled patients"
         raise SplitsError(message)
+    if len(set(patients)) < len(patients):
+        message = f"{len(patients) - len(set(patients))} patients are listed twice; list each patient once"
+        raise SplitsError(message)
     order = sorted(zip(patients, event, strict=True))
     shuffled = [order[i] for i in np.random.default_rng(seed).permutation(len(order))]
     dealt = [patient for flag in (True, False) for patient, dead in shuffled if dead == flag]

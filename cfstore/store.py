@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,25 @@ import pyarrow as pa
 
 from cfstore import catalog, tables
 from cfstore.clinical import ClinicalTable, read_clinical
-from cfstore.cohort import Cohort, read_cohort, read_split_set, split_names
+from cfstore.cohort import Cohort, choose_encoder, encoders_of, read_cohort, read_split_set, split_names
 from cfstore.convert import Dtype
-from cfstore.errors import ClinicalError, SlideNotFoundError, SplitsError, StoreNotFoundError
+from cfstore.errors import (
+    ClinicalError,
+    SlideNotFoundError,
+    SourceError,
+    SplitsError,
+    StoreError,
+    StoreNotFoundError,
+)
 from cfstore.info import StoreInfo, read_info, read_slide_rows
 from cfstore.ingest import IngestReport, OnError, prepare, run_ingest
+from cfstore.labels import CohortLabels
 from cfstore.locks import write_lock
 from cfstore.names import tcga_patient_id
 from cfstore.plan import HeldBag, IngestPlan, Key, Progress, make_plan
 from cfstore.query import run_query
 from cfstore.reader import SlideReader
-from cfstore.schema import STORE_FILE, check_name, create_header, read_header
+from cfstore.schema import FEATURES_DIR, STORE_FILE, TABLES_DIR, check_name, create_header, read_header
 from cfstore.splits import SplitSet, make_folds, read_splits
 from cfstore.types import SCALES, SlideBags
 
@@ -117,6 +125,14 @@ class Store:
         """Labelled slides of a cohort that have every one of `scales`, and what was left out."""
         return read_cohort(self.path, name, encoder, scales)
 
+    def encoders_of(self, cohort: str) -> dict[str, tuple[int, ...]]:
+        """Encoders of a cohort, and the scales each has."""
+        return encoders_of(self.path, cohort)
+
+    def choose_encoder(self, cohort: str, encoder: str | None = None) -> str:
+        """`encoder` if the cohort has it, or its only one; SlideNotFoundError lists what there is."""
+        return choose_encoder(self.path, cohort, encoder)
+
     def split_names(self, cohort: str) -> list[str]:
         """Names of the split sets of a cohort."""
         return split_names(self.path, cohort)
@@ -169,23 +185,26 @@ class Store:
         if options.cohort is not None:
             self._check_cohort(plan, check_name("cohort", options.cohort, "--cohort"))
         fallback = options.cohort or Path(folder).resolve().name
+        cohorts = tables.cohorts_of(plan.clinical, fallback) if plan.clinical else []
         report = run_ingest(self.path, plan, cohort=options.cohort, on_error=on_error, progress=progress)
         with write_lock(self.path):
             left_out = [
                 {
                     "slide_id": problem.slide_id,
                     "encoder": problem.encoder,
-                    "source": problem.source,
+                    "source": str(Path(problem.source).resolve()),
                     "error": type(problem.error).__name__,
                     "message": str(problem.error),
                 }
                 for problem in report.problems
             ]
             tables.write_skipped(self.path, Path(folder).resolve(), left_out)
-            cohorts = tables.write_clinical(self.path, plan.clinical, fallback) if plan.clinical else []
+            if plan.clinical:
+                tables.write_clinical(self.path, plan.clinical, fallback)
             catalog.reload_tables(self.path)
         if plan.splits:
-            self.import_splits(plan.splits, options.cohort or (cohorts[0] if len(cohorts) == 1 else None))
+            cohorts = [options.cohort] if options.cohort else cohorts or self._cohorts_of(plan.slide_ids)
+            self.import_splits(plan.splits, cohorts[0] if len(cohorts) == 1 else None)
         return report
 
     def import_clinical(self, file: Path | str, cohort: str | None = None) -> ClinicalTable:
@@ -220,9 +239,12 @@ class Store:
                 connection.execute("SELECT patient_id, 1 FROM patients WHERE cohort = ?", [cohort]).fetchall()
             )
             slides = dict(connection.execute("SELECT slide_id, patient_id FROM slides").fetchall())
+            listed = catalog.read_labels(connection, self.path).get(cohort, CohortLabels())
 
         def patient_of(entry: str) -> str:
-            return entry if entry in patients else slides.get(entry) or tcga_patient_id(entry) or entry
+            if entry in patients:
+                return entry
+            return slides.get(entry) or listed.patient_of(entry) or tcga_patient_id(entry) or entry
 
         splits = SplitSet(name or folder.resolve().name, read_splits(folder, patient_of))
         return self._keep_splits(cohort, splits, str(folder.resolve()))
@@ -248,6 +270,11 @@ class Store:
             catalog.reload_tables(self.path)
         return splits
 
+    def _cohorts_of(self, slide_ids: Collection[str]) -> list[str]:
+        with catalog.connect(self.path) as connection:
+            query = "SELECT DISTINCT cohort FROM slides WHERE list_contains(?, slide_id)"
+            return [cohort for (cohort,) in connection.execute(query, [list(slide_ids)]).fetchall()]
+
     def _only_cohort(self, cohort: str | None, error: type[SplitsError]) -> str:
         if cohort is not None:
             return cohort
@@ -260,17 +287,22 @@ class Store:
         return str(held[0])
 
     def _check_cohort(self, plan: IngestPlan, cohort: str) -> None:
-        """A slide belongs to one cohort: refuse a second name for slides that were given one."""
-        ids = [job.slide_id for job in plan.jobs]
+        """A slide belongs to one cohort: refuse a second name, which the store could not take over."""
+        ids = sorted(plan.slide_ids)
+        new = [job.slide_id for job in plan.jobs]  # these take the name, unless they were given another
         with catalog.connect(self.path) as connection:
             query = (
-                "SELECT slide_id, cohort FROM internal.shard_slides "
-                "WHERE cohort <> ? AND list_contains(?, slide_id) LIMIT 1"
+                "SELECT slide_id, slides.cohort FROM slides JOIN internal.shard_slides AS given USING (slide_id) "
+                "WHERE list_contains(?, slide_id) AND slides.cohort <> ? "
+                "AND (given.cohort IS NOT NULL OR NOT list_contains(?, slide_id)) ORDER BY slide_id LIMIT 1"
             )
-            other = connection.execute(query, [cohort, ids]).fetchone()
+            other = connection.execute(query, [ids, cohort, new]).fetchone()
         if other:
-            message = f"slide {other[0]} was ingested with --cohort {other[1]}; use that name, or another --store"
-            raise SlideNotFoundError(message)
+            message = (
+                f"slide {other[0]} is in the store with cohort {other[1]}, not {cohort}; use that name, "
+                "or another --store (a clinical table that lists the slide can name its cohort, too)"
+            )
+            raise SourceError(message)
 
 
 def _held(path: Path, encoders: Sequence[str]) -> dict[Key, HeldBag]:
@@ -300,6 +332,27 @@ def plan_ingest(
     )
 
 
+def _create(root: Path) -> None:
+    if "?" in str(root.absolute()):
+        message = f"{root}: DuckDB cannot use a path with '?' in it; name another --store"
+        raise StoreError(message)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        create_header(root)
+    except OSError as error:
+        message = f"{root}: the store cannot be made ({error.strerror}); check permissions or name another --store"
+        raise StoreError(message) from error
+
+
+def _is_blank(root: Path) -> bool:
+    """Whether `root` holds nothing, or what a process that died while making a store left there."""
+    ours = (FEATURES_DIR, TABLES_DIR)
+    return all(
+        path.name.startswith(".") or (path.name in ours and path.is_dir() and not any(path.iterdir()))
+        for path in root.iterdir()
+    )
+
+
 def open_store(path: Path | str, *, create: bool = False) -> Store:
     """Open the store at `path`.
 
@@ -319,10 +372,9 @@ def open_store(path: Path | str, *, create: bool = False) -> Store:
     """
     root = Path(path)
     if create and not (root / STORE_FILE).exists():
-        if root.exists() and (not root.is_dir() or any(not p.name.startswith(".") for p in root.iterdir())):
+        if root.exists() and (not root.is_dir() or not _is_blank(root)):
             message = f"{root}: holds files but no store; name an empty or new folder with --store"
             raise StoreNotFoundError(message)
-        root.mkdir(parents=True, exist_ok=True)
-        create_header(root)
+        _create(root)
         prepare(root)
     return Store(root)

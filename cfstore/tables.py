@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,6 +27,12 @@ def _write(root: Path, name: str, rows: pa.Table, **origin: str) -> None:
     temporary.replace(path)
 
 
+def cohorts_of(table: ClinicalTable, fallback_cohort: str) -> list[str]:
+    """The cohorts a table speaks of; SourceError where one cannot be a file's name."""
+    named = {cohort or fallback_cohort for cohort in table.patients["cohort"].to_pylist()}
+    return [check_name("cohort", cohort, "--cohort") for cohort in sorted(named)]
+
+
 def write_clinical(root: Path, table: ClinicalTable, fallback_cohort: str) -> list[str]:
     """Store patients and slide labels, one pair of files per cohort of the table; returns the cohorts."""
     patients, slides = (
@@ -36,9 +43,8 @@ def write_clinical(root: Path, table: ClinicalTable, fallback_cohort: str) -> li
         )
         for rows in (table.patients, table.slides)
     )
-    cohorts = sorted(set(patients["cohort"].to_pylist()))
+    cohorts = cohorts_of(table, fallback_cohort)
     for cohort in cohorts:
-        check_name("cohort", cohort, "--cohort")
         origin = {"source": str(table.source), "digest": table.digest, "format": table.format}
         for prefix, rows in ((PATIENTS_PREFIX, patients), (SLIDE_LABELS_PREFIX, slides)):
             _write(root, prefix + cohort, rows.filter(pc.equal(rows["cohort"], cohort)), **origin)
@@ -65,7 +71,9 @@ def write_splits(root: Path, cohort: str, splits: SplitSet, source: str) -> None
     )
     table = pa.Table.from_pylist(rows, schema=schema)
     digest = hashlib.sha256("\n".join(map(str, rows)).encode()).hexdigest()
-    _write(root, f"{SPLITS_PREFIX}{cohort}-{splits.name}", table, source=source, digest=f"sha256:{digest}")
+    _write(
+        root, f"{SPLITS_PREFIX}{quote(cohort, safe='')}@{splits.name}", table, source=source, digest=f"sha256:{digest}"
+    )
 
 
 def write_skipped(root: Path, folder: Path, rows: Sequence[dict[str, str]]) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -35,6 +35,8 @@ class Discovery:
     layout: str
     sources: tuple[BagSource, ...]
     notes: tuple[str, ...]
+    unreadable: tuple[tuple[BagSource, SourceError], ...] = ()
+    """Files that had to say their scale and cannot be read; their sources say scale 0."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,21 @@ def _lineage(root: Path, path: Path) -> Iterator[Path]:
     yield root
 
 
+def _name(folder: Path) -> str:
+    """Its own name, also for `.` and `..`."""
+    return folder.resolve().name if folder.name in ("", "..") else folder.name
+
+
 def _classify(root: Path, path: Path, files: tuple[Path, ...]) -> _Folder:
     if path.name.startswith("features_") and _TRIDENT_PARENT.match(path.parent.name):
         stated = path.parent.name
         return _Folder(path, files, "trident", path.name.removeprefix("features_"), stated, scale_of_folder(stated))
     layout = "clam" if path.name in _CLAM_DIRS else "flat"
-    stating = next((folder for folder in _lineage(root, path) if _STATES_MAGNIFICATION.match(folder.name)), None)
+    stating = next((folder for folder in _lineage(root, path) if _STATES_MAGNIFICATION.match(_name(folder))), None)
     if stating is None:
         return _Folder(path, files, layout, None, None, None)
     encoder = stating.parent.name if stating != root and stating.parent != root else None
-    return _Folder(path, files, layout, encoder, stating.name, scale_of_folder(stating.name))
+    return _Folder(path, files, layout, encoder, _name(stating), scale_of_folder(_name(stating)))
 
 
 def _select(root: Path, folders: list[_Folder], scale: int | None, notes: list[str]) -> list[_Folder]:
@@ -122,21 +129,34 @@ def _fallback_encoder(root: Path) -> str:
     return folder.parent.name if _STATES_MAGNIFICATION.match(folder.name) else folder.name
 
 
-def _sources(root: Path, folders: list[_Folder], encoder: str | None, scale: int | None) -> Iterator[BagSource]:
+def _sources(
+    root: Path,
+    folders: list[_Folder],
+    encoder: str | None,
+    scale: int | None,
+    unreadable: list[tuple[BagSource, SourceError]],
+) -> Iterator[BagSource]:
     for folder in folders:
         own = folder.encoder if folder.layout == "trident" else encoder or folder.encoder
         name = own or _fallback_encoder(root)
         for path in folder.files:
-            yield BagSource(path, strip_suffixes(path.name), _scale_of(folder, path, scale), name)
+            source = BagSource(path, strip_suffixes(path.name), 0, name)
+            try:
+                yield replace(source, scale=_scale_of(folder, path, scale))
+            except MissingScaleError:
+                raise
+            except SourceError as error:
+                unreadable.append((source, error))
 
 
-def _choose_trident(folders: list[_Folder], encoder: str | None, root: Path) -> list[_Folder]:
-    if encoder is None:
+def _choose_encoder(folders: list[_Folder], encoder: str | None, root: Path) -> list[_Folder]:
+    """The folders of `encoder`, where folders name several or are TRIDENT's; else it is a name for all of them."""
+    held = sorted({folder.encoder for folder in folders if folder.encoder})
+    if encoder is None or (len(held) < 2 and folders[0].layout != "trident"):
         return folders
-    named = [folder for folder in folders if folder.layout != "trident" or folder.encoder == encoder]
+    named = [folder for folder in folders if folder.encoder == encoder]
     if not named:
-        held = sorted({str(folder.encoder) for folder in folders})
-        message = f"{root}: no features_{encoder} folder; name one of {', '.join(held)} with --encoder"
+        message = f"{root}: no folder holds features of {encoder}; name one of {', '.join(held)} with --encoder"
         raise LayoutError(message)
     return named
 
@@ -149,7 +169,7 @@ def discover(root: Path, *, encoder: str | None = None, scale: int | None = None
     root
         Folder of feature files; symbolic links to folders are not followed.
     encoder
-        Name of the encoder; for TRIDENT, which of its `features_<encoder>` folders to take.
+        Name of the encoder; where folders name several, or are TRIDENT's `features_<encoder>`, which to take.
         None takes it from the folders: TRIDENT's own name, the folder above the scale
         folders, or the name of `root`.
     scale
@@ -180,11 +200,12 @@ def discover(root: Path, *, encoder: str | None = None, scale: int | None = None
         message = f"{root}: several layouts in one folder ({where}); ingest them one by one"
         raise LayoutError(message)
     notes: list[str] = []
-    chosen = _select(root, _choose_trident(folders, encoder, root), scale, notes)
-    sources = _prefer_h5(list(_sources(root, chosen, encoder, scale)), notes)
+    chosen = _select(root, _choose_encoder(folders, encoder, root), scale, notes)
+    unreadable: list[tuple[BagSource, SourceError]] = []
+    sources = _prefer_h5(list(_sources(root, chosen, encoder, scale, unreadable)), notes)
     if encoder is None and any(source.encoder == _fallback_encoder(root) for source in sources):
         notes.append(f"encoder {_fallback_encoder(root)!r} is the folder's name; name it yourself with --encoder")
-    if not sources:
+    if not sources and not unreadable:
         message = f"{root}: no bag at a scale of {SCALES}: {'; '.join(notes)}"
         raise LayoutError(message)
-    return Discovery(next(iter(counts)), tuple(sources), tuple(notes))
+    return Discovery(next(iter(counts)), tuple(sources), tuple(notes), tuple(unreadable))

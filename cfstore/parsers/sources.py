@@ -78,6 +78,21 @@ def check_float(path: object, dtype: str) -> None:
         raise ShapeError(message)
 
 
+def check_coords_shape(path: object, shape: tuple[int, ...], n_patches: int) -> None:
+    """Raise ShapeError unless `shape` is [N, 2] (or UNI2-h's [1, N, 2])."""
+    if len(shape) == 3 and shape[0] == 1:
+        shape = shape[1:]
+    if len(shape) != 2 or shape[1] != 2:
+        message = f"{path}: 'coords' has shape {shape}; expected [N, 2]"
+        raise ShapeError(message)
+    if shape[0] != n_patches:
+        message = (
+            f"{path}: 'features' has {n_patches} rows but 'coords' has {shape[0]}; "
+            "the file is damaged: extract it again"
+        )
+        raise ShapeError(message)
+
+
 def level0_coords(path: object, coords: NDArray[np.generic], n_patches: int) -> NDArray[np.int32]:
     """Coordinates as [N, 2] int32 level-0 pixels.
 
@@ -86,25 +101,20 @@ def level0_coords(path: object, coords: NDArray[np.generic], n_patches: int) -> 
     ShapeError
         Another length than the features, not two columns, not whole pixels, or beyond int32.
     """
-    if coords.ndim == 3 and coords.shape[0] == 1:
-        coords = coords[0]
-    if coords.ndim != 2 or coords.shape[1] != 2:
-        message = f"{path}: 'coords' has shape {coords.shape}; expected [N, 2]"
+    check_coords_shape(path, coords.shape, n_patches)
+    coords = coords.reshape(n_patches, 2)
+    if coords.dtype.kind not in "iuf":
+        message = f"{path}: 'coords' holds {coords.dtype.name}, expected whole level-0 pixels"
         raise ShapeError(message)
-    if len(coords) != n_patches:
+    fractions = (coords % 1 != 0).any(axis=1) if coords.dtype.kind == "f" else np.zeros(n_patches, dtype=bool)
+    if fractions.any():  # NaN % 1 is NaN, so NaN and Inf are among them
         message = (
-            f"{path}: 'features' has {n_patches} rows but 'coords' has {len(coords)}; "
-            "the file is damaged: extract it again"
-        )
-        raise ShapeError(message)
-    whole = coords.astype(np.int64)
-    if coords.dtype.kind == "f" and not np.array_equal(whole, coords):
-        message = (
-            f"{path}: 'coords' holds fractions such as {coords[0].tolist()}; level-0 pixels are whole numbers "
+            f"{path}: 'coords' holds {coords[fractions][0].tolist()}; level-0 pixels are whole numbers "
             "(STAMP writes microns: convert them first)"
         )
         raise ShapeError(message)
-    if np.abs(whole).max(initial=0) > np.iinfo(np.int32).max:
-        message = f"{path}: 'coords' reaches {int(np.abs(whole).max())}, beyond any slide's pixels"
+    smallest, largest = coords.min(), coords.max()
+    if smallest < np.iinfo(np.int32).min or largest > np.iinfo(np.int32).max:
+        message = f"{path}: 'coords' reaches from {smallest} to {largest}, beyond any slide's pixels"
         raise ShapeError(message)
-    return whole.astype(np.int32)
+    return coords.astype(np.int32)

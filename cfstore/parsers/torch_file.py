@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cfstore.errors import MissingDatasetError, UnreadableFileError
+from cfstore.errors import MissingDatasetError, ShapeError, UnreadableFileError
 from cfstore.parsers.sources import BagHead, RawBag, bag_shape, check_float, level0_coords
 
 
@@ -30,11 +31,11 @@ def _load(path: Path) -> tuple[Any, Any]:
         )
         raise UnreadableFileError(message) from error
     if isinstance(content, torch.Tensor):
-        return content.detach(), None
+        return content.detach().to_dense(), None
     if isinstance(content, dict) and isinstance(content.get("features"), torch.Tensor):
-        return content["features"].detach(), content.get("coords")
+        return content["features"].detach().to_dense(), content.get("coords")
     found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-    message = f"{path}: no tensor and no dict with 'features' in it (found: {found})"
+    message = f"{path}: no tensor and no dict with 'features' in it (found: {found}); save the bare [N, D] tensor"
     raise MissingDatasetError(message)
 
 
@@ -48,12 +49,26 @@ def head(path: Path) -> BagHead:
 
 
 def read(path: Path) -> RawBag:
-    """All rows; bfloat16 becomes float32, which holds it exactly (NumPy has no bfloat16)."""
+    """All rows; bfloat16 and float8 become float32, which holds them exactly (NumPy has neither)."""
     features, coords = _load(path)
     n_patches, dim = bag_shape(path, tuple(features.shape))
     dtype = str(features.dtype).removeprefix("torch.")
     check_float(path, dtype)
-    if dtype == "bfloat16":
-        features = features.float()
-    rows = np.asarray(features.numpy()).reshape(n_patches, dim)
-    return RawBag(rows, None if coords is None else level0_coords(path, np.asarray(coords), n_patches))
+    rows = _as_numpy(features).reshape(n_patches, dim)
+    return RawBag(rows, None if coords is None else level0_coords(path, _coords(path, coords), n_patches))
+
+
+def _as_numpy(tensor: Any) -> NDArray[Any]:
+    known = ("float16", "float32", "float64")
+    plain = not tensor.is_floating_point() or str(tensor.dtype).removeprefix("torch.") in known
+    return np.asarray((tensor if plain else tensor.float()).numpy())
+
+
+def _coords(path: Path, coords: Any) -> NDArray[Any]:
+    if hasattr(coords, "detach"):
+        return _as_numpy(coords.detach())
+    try:
+        return np.asarray(coords)
+    except ValueError as error:
+        message = f"{path}: 'coords' is no table of numbers ({error}); expected [N, 2]"
+        raise ShapeError(message) from error

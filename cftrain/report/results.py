@@ -104,15 +104,20 @@ def _read(run: Path, name: str, reader: Callable[[Path], T]) -> T:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _json(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         msg = f"expected an object, got {type(content).__name__}"
         raise ValueError(msg)
     return content
 
 
+def _json(text: str) -> Any:
+    """JSON as Python writes it; NaN is what null is here, an undefined number."""
+    return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
+
+
 def _epochs(path: Path) -> list[Row]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not rows:
         msg = "no epoch in it"
         raise ValueError(msg)

@@ -19,9 +19,7 @@ from cfstore.errors import ClinicalError
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 CLINICAL = SHARED / "data" / "clinical"
 FORMATS = CLINICAL / "formats"
-needs_samples = pytest.mark.skipif(
-    not CLINICAL.is_dir(), reason="no ../shared/data/clinical beside the repository"
-)
+needs_samples = pytest.mark.skipif(not CLINICAL.is_dir(), reason="no ../shared/data/clinical beside the repository")
 
 CANONICAL = ["cohort", "patient_id", "time_months", "event", "age", "sex", "site", "oncotree_code"]
 
@@ -96,9 +94,7 @@ def test_cbioportal_table_is_read_below_its_comment_lines() -> None:
     path = FORMATS / "cbioportal_brca_data_clinical_patient.txt"
     rows = rows_of(path, "\t", skip=4)
     table = read_clinical(path)
-    expected = {
-        row["PATIENT_ID"]: (float(row["OS_MONTHS"]), row["OS_STATUS"] == "1:DECEASED") for row in rows
-    }
+    expected = {row["PATIENT_ID"]: (float(row["OS_MONTHS"]), row["OS_STATUS"] == "1:DECEASED") for row in rows}
     assert table.format == "cbioportal"
     assert labels(table) == expected
     assert len(expected) == 1084
@@ -181,9 +177,7 @@ def test_censorship_is_turned_over(tmp_path: Path) -> None:
 
 
 def test_survpath_keeps_its_other_endpoints(tmp_path: Path) -> None:
-    text = (
-        "case_id,slide_id,survival_months,censorship,survival_months_dss,censorship_dss\na,a1.svs,9,1,8.5,0\n"
-    )
+    text = "case_id,slide_id,survival_months,censorship,survival_months_dss,censorship_dss\na,a1.svs,9,1,8.5,0\n"
     table = read(tmp_path, text)
     assert table.format == "survpath"
     assert labels(table) == {"a": (9.0, False)}
@@ -300,9 +294,7 @@ def test_nine_thousand_columns_take_seconds(tmp_path: Path) -> None:
 
 
 def test_slides_lose_known_suffixes_and_nothing_else(tmp_path: Path) -> None:
-    text = (
-        "case_id,slide_id,survival_months,censorship\nTCGA-AA-0001,TCGA-AA-0001-01Z-00-DX1.4755D138.svs,1,1\n"
-    )
+    text = "case_id,slide_id,survival_months,censorship\nTCGA-AA-0001,TCGA-AA-0001-01Z-00-DX1.4755D138.svs,1,1\n"
     assert read(tmp_path, text, "COAD").slides.to_pylist() == [
         {"slide_id": "TCGA-AA-0001-01Z-00-DX1.4755D138", "patient_id": "TCGA-AA-0001", "cohort": "COAD"}
     ]
@@ -372,9 +364,7 @@ def test_the_first_value_stands_where_a_patients_rows_differ(tmp_path: Path) -> 
         ("sex", ("f", "Male")),
     ],
 )
-def test_sex_is_female_or_male_whatever_the_column(
-    tmp_path: Path, column: str, cells: tuple[str, str]
-) -> None:
+def test_sex_is_female_or_male_whatever_the_column(tmp_path: Path, column: str, cells: tuple[str, str]) -> None:
     table = read(tmp_path, f"patient_id,time_months,event,{column}\na,1,1,{cells[0]}\nb,1,1,{cells[1]}\n")
     assert table.patients["sex"].to_pylist() == ["female", "male"]
     assert table.patients.column_names == CANONICAL
