@@ -36,20 +36,34 @@ class Line:
     values: Sequence[float]
 
 
-def kaplan_meier_figure(groups: Sequence[RiskGroup], p_value: str) -> str:
-    """Survival of the risk groups with 95 % bands, censoring marks, and the numbers at risk under the time axis."""
+@dataclass(frozen=True)
+class Marks:
+    """What a panel over epochs points out: the reported epoch, the best one, the value that chance reaches."""
+
+    last: int
+    best: int | None = None
+    chance: float | None = None
+
+
+def kaplan_meier_figure(groups: Sequence[RiskGroup], p_value: str, note: str = "") -> str:
+    """Survival of the risk groups with 95 % bands, censoring marks, and the numbers at risk under the time axis.
+
+    `note` stands in the drawing itself, for what must stay with it when it leaves the page.
+    """
     last = max(float(group.time_months.max()) for group in groups)
-    plot = Plot(left=104, top=42, width=598, height=300, x_range=(0.0, last or 1.0))
+    plot = Plot(left=92, top=56, width=610, height=300, x_range=(0.0, last or 1.0))
     months = month_ticks(last)
     parts = [y_axis(plot, [0, 0.25, 0.5, 0.75, 1], "Survival"), x_axis(plot, months)]
     parts.append(text((plot.left + plot.right) / 2, plot.bottom + 36, "Months of follow-up", anchor="middle"))
     for place, group in enumerate(groups):
         parts += [_band(plot, group), _steps(plot, group), _censor_marks(plot, group)]
         died = f"{_count(group.time_months.size, 'patient')}, {_count(int(group.event.sum()), 'death')}"
-        at = plot.left + 228 * place
-        parts.append(element("path", d=f"M{px(at)} 18h22", class_=f"curve {group.name}"))
-        parts.append(text(at + 30, 22, f"{GROUP_LABELS[group.name]}: {died}"))
-    parts.append(text(plot.right, 22, p_value, anchor="end"))
+        y = 16 + 19 * place
+        parts.append(element("path", d=f"M{px(plot.left)} {px(y - 4)}h22", class_=f"curve {group.name}"))
+        parts.append(text(plot.left + 30, y, f"{GROUP_LABELS[group.name]}: {died}"))
+    parts.append(text(plot.right, 16, p_value, anchor="end"))
+    if note:
+        parts.append(text(plot.right, 35, note, anchor="end", css="strong"))
     top = plot.bottom + 66
     for group in groups:
         parts.append(_risk_rows(plot, group, months, top))
@@ -60,7 +74,7 @@ def kaplan_meier_figure(groups: Sequence[RiskGroup], p_value: str) -> str:
         f"{group.curve.survival[-1]:.0%} survival after {group.curve.times[-1]:.0f} months."
         for group in groups
     )
-    about = " ".join(["Kaplan-Meier curves with 95 % confidence bands.", *seen, f"{p_value}."])
+    about = " ".join(["Kaplan-Meier curves with 95 % confidence bands.", *seen, f"{p_value}.", note])
     return drawing("kaplan-meier", title, about, (720, top - 12), parts)
 
 
@@ -69,8 +83,8 @@ def overview_figure(rows: Sequence[FoldScores]) -> str:
     seen = [value for row in rows for value in (*row.folds, row.mean) if not math.isnan(value)]
     low = math.floor(10 * min([*seen, 0.45])) / 10
     ticks = [tick / 10 for tick in range(round(10 * low), 11)]
-    plot = Plot(left=212, top=10, width=490, height=34.0 * len(rows), x_range=(low, 1.0))
-    parts = [x_axis(plot, ticks, "{:.1f}", grid=True)]
+    plot = Plot(left=152, top=10, width=394, height=34.0 * len(rows), x_range=(low, 1.0))
+    parts = [x_axis(plot, ticks, grid=True)]
     parts.append(element("path", d=f"M{px(plot.x(0.5))} {px(plot.top)}V{px(plot.bottom)}", class_="chance"))
     parts.append(text((plot.left + plot.right) / 2, plot.bottom + 36, "C-index (0.5 is chance)", anchor="middle"))
     for place, row in enumerate(rows):
@@ -85,31 +99,28 @@ def overview_figure(rows: Sequence[FoldScores]) -> str:
         parts.append(element("path", d=polyline(ends), class_=f"curve {row.kind}"))
         parts.append(element("path", d=f"M{px(plot.x(row.mean))} {px(y - 9)}v18", class_=f"curve {row.kind}"))
     about = "; ".join(f"{row.label}: {_number(row.mean)}" for row in rows)
-    return drawing("overview", "C-index of every fold", f"Mean C-index: {about}.", (720, plot.bottom + 46), parts)
+    return drawing("overview", "C-index of every fold", f"Mean C-index: {about}.", (560, plot.bottom + 46), parts)
 
 
-def epochs_figure(
-    name: str, heading: str, lines: Sequence[Line], y_range: tuple[float, float], *, last: int, best: int | None
-) -> str:
-    """One fold's lines over its epochs; the first line gets a dot at the last epoch and a ring at the best one."""
+def epochs_figure(name: str, heading: str, lines: Sequence[Line], y_range: tuple[float, float], marks: Marks) -> str:
+    """One fold's lines over its epochs, the first of them with a dot at the last epoch and a ring at the best one."""
     n_epochs = max(len(line.values) for line in lines)
-    plot = Plot(left=44, top=30, width=262, height=130, x_range=(1.0, max(n_epochs, 2)), y_range=y_range)
-    parts = [y_axis(plot, ticks_between(*y_range, 4)), x_axis(plot, _epoch_ticks(n_epochs))]
+    plot = Plot(left=38, top=28, width=244, height=130, x_range=(1.0, max(n_epochs, 2)), y_range=y_range)
+    parts = [y_axis(plot, ticks_between(*y_range, 6)), x_axis(plot, _epoch_ticks(n_epochs))]
     parts.append(text(plot.left, 16, heading, css="strong"))
-    parts.append(text(plot.right, plot.bottom + 34, "Epoch", anchor="end", css="soft"))
-    if y_range[0] < 0.5 < y_range[1] and y_range[1] <= 1:
-        parts.append(
-            element("path", d=polyline([(plot.left, plot.y(0.5)), (plot.right, plot.y(0.5))]), class_="chance")
-        )
+    parts.append(text(plot.right, plot.bottom + 33, "Epoch", anchor="end", css="soft"))
+    if marks.chance is not None:
+        chance = f"M{px(plot.left)} {px(plot.y(marks.chance))}H{px(plot.right)}"
+        parts.append(element("path", d=chance, class_="chance"))
     for line in reversed(lines):
         parts += _epoch_line(plot, line)
-    for epoch, css in ((best, "ring {}"), (last, "{}-fill")):
-        value = lines[0].values[epoch - 1] if epoch and epoch <= len(lines[0].values) else math.nan
-        if math.isfinite(value):
-            parts.append(dot(plot.x(epoch or 1), plot.y(value), 4.5, css.format(lines[0].kind)))
+    first = lines[0]
+    for epoch, css in ((marks.best, "ring {}"), (marks.last, "{}-fill")):
+        if epoch and epoch <= len(first.values) and math.isfinite(first.values[epoch - 1]):
+            parts.append(dot(plot.x(epoch), plot.y(first.values[epoch - 1]), 4.5, css.format(first.kind)))
     ends = "; ".join(f"{line.label}: {_number(line.values[-1])}" for line in lines)
     about = f"{_count(n_epochs, 'epoch')}. After the last one, {ends}."
-    return drawing(name, heading, about, (320, plot.bottom + 42), parts)
+    return drawing(name, heading, about, (290, plot.bottom + 40), parts)
 
 
 def risk_figure(
@@ -118,8 +129,8 @@ def risk_figure(
     """Risk of every slide as a dot: one strip of deaths and one of censored slides per fold, each with its median."""
     folds = [int(each) for each in np.unique(fold)]
     low, high = padded(float(risk.min()), float(risk.max()))
-    plot = Plot(left=156, top=8, width=546, height=84.0 * len(folds), x_range=(low, high))
-    parts = [x_axis(plot, ticks_between(low, high, 8), "{:g}", grid=True)]
+    plot = Plot(left=148, top=8, width=554, height=84.0 * len(folds), x_range=(low, high))
+    parts = [x_axis(plot, ticks_between(low, high, 8), grid=True)]
     parts.append(
         text((plot.left + plot.right) / 2, plot.bottom + 36, "Predicted risk (higher = worse)", anchor="middle")
     )
@@ -127,8 +138,8 @@ def risk_figure(
     for place, each in enumerate(folds):
         top = plot.top + 84 * place
         if place:
-            parts.append(element("path", d=f"M8 {px(top)}H{px(plot.right)}", class_="axis"))
-        parts.append(text(8, top + 46, f"Fold {each}", css="strong"))
+            parts.append(element("path", d=f"M0 {px(top)}H{px(plot.right)}", class_="grid"))
+        parts.append(text(0, top + 46, f"Fold {each}", css="strong"))
         for died, y in ((True, top + 24), (False, top + 60)):
             rows = (fold == each) & (event == died)
             word = "died" if died else "censored"
@@ -181,12 +192,12 @@ def _censor_marks(plot: Plot, group: RiskGroup) -> str:
 
 def _risk_rows(plot: Plot, group: RiskGroup, months: Sequence[float], top: float) -> str:
     table = risk_table(group, months)
-    parts = [text(plot.left - 92, top, GROUP_LABELS[group.name], css=f"strong {group.name}-fill")]
+    parts = [text(0, top, GROUP_LABELS[group.name], css=f"strong {group.name}-fill")]
     for place, (label, numbers) in enumerate(
         (("At risk", table.at_risk), ("Censored", table.censored), ("Events", table.events))
     ):
         y = top + 18 * (place + 1)
-        parts.append(text(plot.left - 92, y, label, css="soft"))
+        parts.append(text(0, y, label, css="soft"))
         parts += [
             text(plot.x(month), y, str(number), anchor="middle")
             for month, number in zip(months, numbers.tolist(), strict=True)

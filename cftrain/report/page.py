@@ -14,6 +14,7 @@ from cftrain.errors import RunError
 from cftrain.report.figures import (
     FoldScores,
     Line,
+    Marks,
     epochs_figure,
     kaplan_meier_figure,
     overview_figure,
@@ -67,7 +68,9 @@ def _render(results: Results) -> tuple[str, str, str]:
     folds = patients_by_fold(predictions)
     groups = split_by_risk(folds)
     log_rank = summary["log_rank"] or {}
-    survival = kaplan_meier_figure(groups, f"log-rank {p_value(summary['log_rank_p'])}")
+    survival = kaplan_meier_figure(
+        groups, f"log-rank {p_value(summary['log_rank_p'])}", "Synthetic data" if summary["synthetic"] else ""
+    )
     patients = patient_level(predictions.patient_id, predictions.time_months, predictions.event, predictions.risk)
     counted = {group.name: group.time_months.size for group in groups}
     tested = {name: log_rank.get(f"n_{name}", counted.get(name)) for name in counted}
@@ -167,10 +170,10 @@ def _number(value: float | None) -> float:
 def _scores(summary: Mapping[str, Any]) -> list[FoldScores]:
     """The rows of the overview: the honest rule, the paper's, and what the planted risk reaches."""
     named = [
-        ("Last epoch, per patient", "low", summary["c_index_patient"]),
-        ("Last epoch, per slide", "low", summary["c_index"]),
-        ("Best epoch, per patient", "plain", summary["c_index_patient_best_epoch"]),
-        ("Best epoch, per slide", "plain", summary["c_index_best_epoch"]),
+        ("Last epoch, patient", "low", summary["c_index_patient"]),
+        ("Last epoch, slide", "low", summary["c_index"]),
+        ("Best epoch, patient", "plain", summary["c_index_patient_best_epoch"]),
+        ("Best epoch, slide", "plain", summary["c_index_best_epoch"]),
     ]
     reference = summary["reference"]
     if reference:
@@ -185,7 +188,7 @@ def _scores(summary: Mapping[str, Any]) -> list[FoldScores]:
     ]
 
 
-def _loss_figures(results: Results) -> Iterator[str]:
+def _loss_figures(results: Results) -> list[str]:
     lines = {
         fold: [
             Line("validation", "high", _column(rows, "val_loss")),
@@ -193,10 +196,11 @@ def _loss_figures(results: Results) -> Iterator[str]:
         ]
         for fold, rows in results.epochs.items()
     }
-    yield from _panels(results, "loss", lines)
+    marks = {fold["fold"]: Marks(fold["epochs"]) for fold in results.summary["folds"]}
+    return _panels("loss", lines, marks)
 
 
-def _score_figures(results: Results) -> Iterator[str]:
+def _score_figures(results: Results) -> list[str]:
     lines = {
         fold: [
             Line("per slide", "low", _column(rows, "c_index")),
@@ -204,17 +208,18 @@ def _score_figures(results: Results) -> Iterator[str]:
         ]
         for fold, rows in results.epochs.items()
     }
-    yield from _panels(results, "c-index", lines)
+    marks = {
+        fold["fold"]: Marks(fold["epochs"], best=fold["best_epoch"], chance=0.5) for fold in results.summary["folds"]
+    }
+    return _panels("c-index", lines, marks)
 
 
-def _panels(results: Results, name: str, lines: Mapping[int, Sequence[Line]]) -> Iterator[str]:
-    """One panel per fold, all on the same vertical scale."""
+def _panels(name: str, lines: Mapping[int, Sequence[Line]], marks: Mapping[int, Marks]) -> list[str]:
+    """One panel per fold, all on the same vertical scale, chance within it."""
     values = [value for each in lines.values() for line in each for value in line.values if math.isfinite(value)]
+    values += [each.chance for each in marks.values() if each.chance is not None]
     y_range = padded(min(values, default=0.0), max(values, default=1.0))
-    for fold in results.summary["folds"]:
-        number, best = fold["fold"], fold["best_epoch"]
-        heading = f"Fold {number}"
-        yield epochs_figure(f"{name}-{number}", heading, lines[number], y_range, last=fold["epochs"], best=best)
+    return [epochs_figure(f"{name}-{fold}", f"Fold {fold}", lines[fold], y_range, marks[fold]) for fold in lines]
 
 
 def _column(rows: Sequence[Row], name: str) -> list[float]:

@@ -42,6 +42,10 @@ svg .mark { stroke-width: 1.6; }
 """
 
 
+MARGIN = 16
+"""White around a figure in a file of its own, in pixels."""
+
+
 @dataclass(frozen=True)
 class Plot:
     """A rectangle of the drawing, in pixels, and the data ranges that fill it."""
@@ -111,25 +115,25 @@ def px(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def x_axis(plot: Plot, ticks: Sequence[float], form: str = "{:g}", *, grid: bool = False) -> str:
+def x_axis(plot: Plot, ticks: Sequence[float], *, grid: bool = False) -> str:
     """The lower axis with ticks and their values, on request with lines up through the plot."""
     parts = [element("path", d=f"M{px(plot.left)} {px(plot.bottom)}H{px(plot.right)}", class_="axis")]
-    for tick in ticks:
+    for tick, value in zip(ticks, _labels(ticks), strict=True):
         x = plot.x(tick)
         if grid:
             parts.append(element("path", d=f"M{px(x)} {px(plot.top)}V{px(plot.bottom)}", class_="grid"))
         parts.append(element("path", d=f"M{px(x)} {px(plot.bottom)}v5", class_="axis"))
-        parts.append(text(x, plot.bottom + 18, form.format(tick), anchor="middle", css="soft"))
+        parts.append(text(x, plot.bottom + 18, value, anchor="middle", css="soft"))
     return "".join(parts)
 
 
 def y_axis(plot: Plot, ticks: Sequence[float], label: str = "") -> str:
     """Lines across the plot with their values on the left, and what they measure."""
     parts = []
-    for tick in ticks:
+    for tick, value in zip(ticks, _labels(ticks), strict=True):
         y = plot.y(tick)
         parts.append(element("path", d=f"M{px(plot.left)} {px(y)}H{px(plot.right)}", class_="grid"))
-        parts.append(text(plot.left - 8, y + 4, f"{tick:g}", anchor="end", css="soft"))
+        parts.append(text(plot.left - 8, y + 4, value, anchor="end", css="soft"))
     if label:
         x, y = plot.left - 46, plot.top + plot.height / 2
         parts.append(text(x, y, label, anchor="middle", transform=f"rotate(-90 {px(x)} {px(y)})"))
@@ -155,12 +159,20 @@ def standalone(svg: str) -> str:
     """A figure as a file of its own: namespace, white ground, light colours written out (editors know no variables)."""
     css = re.sub(r"var\(--(\w+)\)", lambda found: LIGHT[found.group(1)], FIGURE_CSS)
     opening, rest = svg.split(">", 1)
-    opening = opening.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    width, height = (float(side) + 2 * MARGIN for side in re.findall(r"[\d.]+", opening)[2:4])
+    box = f'viewBox="{-MARGIN} {-MARGIN} {px(width)} {px(height)}" width="{px(width)}" height="{px(height)}"'
+    opening = re.sub(r'viewBox="[^"]*"', f'xmlns="http://www.w3.org/2000/svg" {box}', opening)
     title, drawing = rest.split("</desc>", 1)
-    ground = f'<rect width="100%" height="100%" fill="{LIGHT["paper"]}"/>'
+    ground = f'<rect x="{-MARGIN}" y="{-MARGIN}" width="100%" height="100%" fill="{LIGHT["paper"]}"/>'
     return f"{opening}>{title}</desc><style>{css}</style>{ground}{drawing}\n"
 
 
 def palette_css(colours: Mapping[str, str]) -> str:
     """Colours as CSS variables."""
     return " ".join(f"--{name}: {value};" for name, value in colours.items())
+
+
+def _labels(ticks: Sequence[float]) -> list[str]:
+    """Values with as many decimals as the one that needs most."""
+    decimals = max((len(f"{tick:g}".partition(".")[2]) for tick in ticks), default=0)
+    return [f"{tick:.{decimals}f}" for tick in ticks]

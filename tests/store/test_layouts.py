@@ -94,7 +94,7 @@ def test_a_dot_stands_for_the_scale_folder_one_is_in(
 ) -> None:
     make_clam_h5(tmp_path / "uni" / "x20" / "h5_files" / "a.h5")
     monkeypatch.chdir(tmp_path / "uni" / "x20")
-    assert bags(Path(".")) == {("a", 20, "uni")}
+    assert bags(Path()) == {("a", 20, "uni")}
 
 
 def test_a_40x_folder_is_left_out_and_named(tmp_path: Path, make_clam_h5: Make) -> None:
