@@ -37,7 +37,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 docs: $(VENV)/.ready
-	$(BIN)/python tools/write_cli_docs.py > docs/cli.md
+	$(BIN)/python tools/write_docs.py
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

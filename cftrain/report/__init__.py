@@ -1,6 +1,6 @@
 """One page about a finished run: what was measured, on whom, by which rule. `write_report(run)` writes it.
 
-The data go one way: results.py reads the run directory, groups.py splits patients by risk, figures.py draws, page.py
+The data go one way: reading.py reads the run directory, groups.py splits patients by risk, figures.py draws, page.py
 puts words and numbers into templates/report.html.
 """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cftrain.report.results import Predictions
+from cftrain.report.reading import Predictions
 from cftrain.survival.metrics import KMCurve, PatientLevel, kaplan_meier, numbers_at_risk, patient_level
 
 CSV_HEADER = ("time_months", "group", "survival", "lower", "upper", "at_risk")

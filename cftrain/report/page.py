@@ -21,7 +21,7 @@ from cftrain.report.figures import (
     risk_figure,
 )
 from cftrain.report.groups import curves_csv, median_follow_up, median_time, patients_by_fold, split_by_risk
-from cftrain.report.results import Results, Row, read_results
+from cftrain.report.reading import Results, Row, read_results
 from cftrain.report.svg import DARK, FIGURE_CSS, LIGHT, padded, palette_css, standalone
 from cftrain.survival.metrics import patient_level
 

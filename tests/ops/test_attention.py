@@ -56,8 +56,7 @@ def test_attention_gradients_agree_with_a_softmax_written_out(inputs):
 def test_attention_dropout_is_random_and_keeps_the_mean():
     q, v = torch.zeros(200, 2, 4), torch.ones(100, 2, 4)
     outputs = [
-        attention(q, torch.zeros_like(v), v, q_lengths=(200,), kv_lengths=(100,), dropout_p=0.5)
-        for _ in range(2)
+        attention(q, torch.zeros_like(v), v, q_lengths=(200,), kv_lengths=(100,), dropout_p=0.5) for _ in range(2)
     ]
     assert not torch.equal(*outputs)
     assert outputs[0].mean().item() == pytest.approx(1, abs=0.05)
@@ -80,6 +79,4 @@ def test_attention_refuses(changed, message):
 
 def test_attention_refuses_heads_that_disagree():
     with pytest.raises(ShapeError, match=r"\[4, 2, 8\], \[5, 4, 4\]"):
-        attention(
-            torch.zeros(4, 2, 8), torch.zeros(5, 4, 4), torch.zeros(5, 4, 4), q_lengths=(4,), kv_lengths=(5,)
-        )
+        attention(torch.zeros(4, 2, 8), torch.zeros(5, 4, 4), torch.zeros(5, 4, 4), q_lengths=(4,), kv_lengths=(5,))

@@ -35,9 +35,7 @@ def separate_ppeg(x, parameters, grids, prefix):
     for side in grids:
         middle, end = start + prefix, start + prefix + side * side
         outputs.append(x[start:middle])
-        outputs.append(
-            x[middle:end] + separate_convolutions(x[middle:end], parameters, side, groups=x.shape[1])
-        )
+        outputs.append(x[middle:end] + separate_convolutions(x[middle:end], parameters, side, groups=x.shape[1]))
         start = end
     return torch.cat(outputs)
 
@@ -70,10 +68,7 @@ def test_grouped_window_conv_equals_four_grouped_convolutions(grids):
     ours = grouped_window_conv(x, *parameters, grid_sizes=grids)
     bags = x.split([side * side for side in grids])
     theirs = torch.cat(
-        [
-            separate_convolutions(bag, parameters, side, groups=5)
-            for bag, side in zip(bags, grids, strict=True)
-        ]
+        [separate_convolutions(bag, parameters, side, groups=5) for bag, side in zip(bags, grids, strict=True)]
     )
     assert_same_values_and_gradients(ours, theirs, [x, *parameters], generator)
 

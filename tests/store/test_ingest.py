@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_digest_and_error_columns_equal_an_independent_computation(
         assert row["rms_relative_error"] == pytest.approx(expected, rel=1e-12)
         whole = half.tobytes() + coords.astype("<i4").tobytes()
         assert row["digest"] == "sha256:" + hashlib.sha256(whole).hexdigest()
-        assert row["n_patches"], row["dim"] == exact.shape
+        assert (row["n_patches"], row["dim"]) == exact.shape
         assert row["bytes"] == half.nbytes
         stat = Path(row["source"]).stat()
         assert (row["source_bytes"], row["source_mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
@@ -135,7 +136,7 @@ def test_a_slide_starts_on_a_chunk_and_lies_in_one_piece_coarse_to_fine(
         assert len({row["shard"] for row in rows}) == 1
         assert [row["scale"] for row in rows] == [5, 10, 20]
         assert rows[0]["row_start"] % array.chunks[0] == 0
-        for before, after in zip(rows, rows[1:], strict=False):
+        for before, after in pairwise(rows):
             assert after["row_start"] == before["row_start"] + before["n_patches"]
 
 

@@ -104,9 +104,7 @@ def test_likelihoods_of_all_outcomes_add_up_to_1(B, K):
 @pytest.mark.parametrize(("B", "K"), [(1, 4), (7, 4), (3, 1), (32, 5)])
 def test_gradient_is_that_of_finite_differences(B, K):
     logits, y, event = batch(B, K, seed=42, scale=1.0)
-    assert torch.autograd.gradcheck(
-        lambda x: nll_survival(x, y, event, alpha=0.4), (logits.requires_grad_(),)
-    )
+    assert torch.autograd.gradcheck(lambda x: nll_survival(x, y, event, alpha=0.4), (logits.requires_grad_(),))
 
 
 @pytest.mark.parametrize("size", [50.0, -50.0])

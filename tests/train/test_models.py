@@ -37,10 +37,7 @@ def make_bags(*sizes, dtype=torch.float64):
     """Bags of (n5, n10, n20) patches each."""
     generator = torch.Generator().manual_seed(5)
     return [
-        {
-            scale: torch.randn(n, D, generator=generator).to(dtype)
-            for scale, n in zip((5, 10, 20), size, strict=True)
-        }
+        {scale: torch.randn(n, D, generator=generator).to(dtype) for scale, n in zip((5, 10, 20), size, strict=True)}
         for size in sizes
     ]
 
@@ -158,9 +155,7 @@ def test_survival_is_the_running_product_of_one_minus_hazard_and_finite_at_extre
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_logits_are_answered_in_float32(dtype):
-    assert {value.dtype for value in SurvivalOutput.from_logits(torch.zeros(2, 4, dtype=dtype))} == {
-        torch.float32
-    }
+    assert {value.dtype for value in SurvivalOutput.from_logits(torch.zeros(2, 4, dtype=dtype))} == {torch.float32}
 
 
 @pytest.mark.parametrize(("name", "expected"), [("crossfusion", 22_963_720), ("abmil", 789_765)])
@@ -239,9 +234,7 @@ def test_a_batch_moves_to_another_dtype_and_knows_its_length():
 
 
 def test_an_unknown_model_is_refused_with_near_names_and_all():
-    with pytest.raises(
-        UnknownModelError, match=r"'crosfusion'. Did you mean crossfusion\? Models: abmil, cross"
-    ):
+    with pytest.raises(UnknownModelError, match=r"'crosfusion'. Did you mean crossfusion\? Models: abmil, cross"):
         build("crosfusion", D)
 
 

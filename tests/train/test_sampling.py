@@ -76,9 +76,7 @@ def test_seed_fold_and_epoch_each_give_another_order(weighted):
 def test_rows_are_drawn_as_often_as_their_weights_say():
     weights = np.array([1.0, 4.0, 0.0, 2.5, 0.5, 9.0, 3.0])
     n_epochs = 3000
-    draws = np.concatenate(
-        [epoch_order(7, weights=weights, seed=1, epoch=e, fold=0) for e in range(n_epochs)]
-    )
+    draws = np.concatenate([epoch_order(7, weights=weights, seed=1, epoch=e, fold=0) for e in range(n_epochs)])
     counts = np.bincount(draws, minlength=7)
     assert counts[2] == 0
     drawn = weights > 0
