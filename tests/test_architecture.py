@@ -17,7 +17,8 @@ FLOORS = {
     "cfstore": [
         {"errors", "types"},
         {"names", "schema", "parsers.sources"},
-        {"parsers.hdf5", "parsers.torch_file", "shards.records", "labels", "locks", "splits", "clinical", "runs", "synth"},
+        {"parsers.hdf5", "parsers.torch_file", "shards.records"},
+        {"labels", "locks", "splits", "clinical", "runs", "synth"},
         {"parsers.layout", "shards.zarr_shard"},
         {"parsers", "shards"},
         {"convert", "catalog"},

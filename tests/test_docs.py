@@ -15,13 +15,14 @@ from cftrain.cli import main as cftrain
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def commands():
-    for group in (cfstore, cftrain):
-        for name, command in group.commands.items():
-            yield pytest.param(command, id=f"{'cfstore' if group is cfstore else 'cftrain'} {name}")
+COMMANDS = [
+    pytest.param(command, id=f"{group} {name}")
+    for group, commands in (("cfstore", cfstore.commands), ("cftrain", cftrain.commands))
+    for name, command in commands.items()
+]
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_what_it_does_and_gives_an_example(command):
     assert command.help
     assert "Example:" in command.help

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
+import cfstore
 import cfstore.ingest
 from cfstore import SlideBags, SlideNotFoundError, Store
 
@@ -18,13 +20,33 @@ SLIDES = tuple(f"s{i}" for i in range(9))
 Cohort = dict[tuple[str, int], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
 
 
+@pytest.fixture(scope="module")
+def _filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Cohort]:
+    """Nine slides in three shards; no test changes them."""
+    root, rng, rows = tmp_path_factory.mktemp("reader"), np.random.default_rng(7), {}
+    for i, slide in enumerate(SLIDES):
+        for scale in (5, 10, 20):
+            features = rng.normal(size=(1 + i + scale * (i % 3 + 1) // 4, 8)).astype(np.float32)
+            rows[slide, scale] = features, rng.integers(0, 90_000, (len(features), 2)).astype(np.int32)
+            path = root / "uni" / f"x{scale}" / "h5_files" / f"{slide}.h5"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with h5py.File(path, "w") as file:
+                file["features"], file["coords"] = rows[slide, scale]
+    filled = cfstore.open(root / "store", create=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cfstore.ingest, "_SLIDES_PER_SHARD", 3)
+        assert filled.ingest(root / "uni").n_shards == 3
+    return filled, rows
+
+
 @pytest.fixture
-def cohort(tmp_path: Path, store: Store, make_cohort: Make, monkeypatch: pytest.MonkeyPatch) -> Cohort:
-    """Nine slides in three shards."""
-    monkeypatch.setattr(cfstore.ingest, "_SLIDES_PER_SHARD", 3)
-    rows: Cohort = make_cohort(tmp_path / "uni", SLIDES)
-    store.ingest(tmp_path / "uni")
-    return rows
+def filled(_filled: tuple[Store, Cohort]) -> Store:
+    return _filled[0]
+
+
+@pytest.fixture
+def cohort(_filled: tuple[Store, Cohort]) -> Cohort:
+    return _filled[1]
 
 
 def check(slide: SlideBags, cohort: Cohort, scales: tuple[int, ...] = (5, 10, 20)) -> None:
@@ -35,9 +57,9 @@ def check(slide: SlideBags, cohort: Cohort, scales: tuple[int, ...] = (5, 10, 20
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("ahead", [0, 1, 4, 50])
-def test_a_stream_yields_the_callers_order(threads: int, ahead: int, store: Store, cohort: Cohort) -> None:
+def test_a_stream_yields_the_callers_order(threads: int, ahead: int, filled: Store, cohort: Cohort) -> None:
     order = [SLIDES[i] for i in (8, 0, 0, 3, 7, 1, 8, 2)]  # with repeats, across shards
-    reader = store.reader("uni", [5, 10, 20], SLIDES)
+    reader = filled.reader("uni", [5, 10, 20], SLIDES)
     seen = list(reader.stream(order, threads=threads, ahead=ahead))
     assert [slide.slide_id for slide in seen] == order
     for slide in seen:
@@ -45,9 +67,9 @@ def test_a_stream_yields_the_callers_order(threads: int, ahead: int, store: Stor
 
 
 def test_a_stream_keeps_the_order_when_early_slides_are_slow(
-    store: Store, cohort: Cohort, monkeypatch: pytest.MonkeyPatch
+    filled: Store, cohort: Cohort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = store.reader("uni", [20], SLIDES)
+    reader = filled.reader("uni", [20], SLIDES)
     read = reader.read
 
     def slower_first(slide_id: str) -> SlideBags:
@@ -58,33 +80,33 @@ def test_a_stream_keeps_the_order_when_early_slides_are_slow(
     assert [slide.slide_id for slide in reader.stream(SLIDES, threads=4, ahead=6)] == list(SLIDES)
 
 
-def test_a_stream_can_be_left_early_and_the_reader_used_again(store: Store, cohort: Cohort) -> None:
-    reader = store.reader("uni", [20], SLIDES)
+def test_a_stream_can_be_left_early_and_the_reader_used_again(filled: Store, cohort: Cohort) -> None:
+    reader = filled.reader("uni", [20], SLIDES)
     stream = reader.stream(SLIDES, threads=2, ahead=4)
     assert next(stream).slide_id == "s0"
     stream.close()
     assert [slide.slide_id for slide in reader.stream(["s5"])] == ["s5"]
 
 
-def test_a_stream_of_nothing_yields_nothing(store: Store, cohort: Cohort) -> None:
-    assert list(store.reader("uni", [20], SLIDES).stream([])) == []
+def test_a_stream_of_nothing_yields_nothing(filled: Store, cohort: Cohort) -> None:
+    assert list(filled.reader("uni", [20], SLIDES).stream([])) == []
 
 
 @pytest.mark.parametrize("scales", [(20,), (5, 20), (10,)])
-def test_only_the_asked_for_scales_and_slides_are_read(scales: tuple[int, ...], store: Store, cohort: Cohort) -> None:
-    reader = store.reader("uni", scales, ["s4", "s1"])
+def test_only_the_asked_for_scales_and_slides_are_read(scales: tuple[int, ...], filled: Store, cohort: Cohort) -> None:
+    reader = filled.reader("uni", scales, ["s4", "s1"])
     check(reader.read("s1"), cohort, scales)
     assert reader.bytes_read == sum(cohort["s1", scale][0].size * 2 for scale in scales)
 
 
-def test_coords_are_read_where_asked_for(store: Store, cohort: Cohort) -> None:
-    assert store.reader("uni", [10], ["s1"]).read("s1").bags[10].coords is None
-    bag = store.reader("uni", [10], ["s1"], with_coords=True).read("s1").bags[10]
+def test_coords_are_read_where_asked_for(filled: Store, cohort: Cohort) -> None:
+    assert filled.reader("uni", [10], ["s1"]).read("s1").bags[10].coords is None
+    bag = filled.reader("uni", [10], ["s1"], with_coords=True).read("s1").bags[10]
     np.testing.assert_array_equal(bag.coords, cohort["s1", 10][1])
 
 
-def test_a_cached_slide_is_equal_and_costs_no_second_read(store: Store, cohort: Cohort) -> None:
-    reader = store.reader("uni", [5, 10, 20], SLIDES, cache_bytes=1 << 20)
+def test_a_cached_slide_is_equal_and_costs_no_second_read(filled: Store, cohort: Cohort) -> None:
+    reader = filled.reader("uni", [5, 10, 20], SLIDES, cache_bytes=1 << 20)
     for _ in range(3):
         for slide in SLIDES:
             check(reader.read(slide), cohort)
@@ -92,10 +114,10 @@ def test_a_cached_slide_is_equal_and_costs_no_second_read(store: Store, cohort: 
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5])
-def test_the_cache_keeps_its_bound_and_forgets_the_oldest(share: float, store: Store, cohort: Cohort) -> None:
+def test_the_cache_keeps_its_bound_and_forgets_the_oldest(share: float, filled: Store, cohort: Cohort) -> None:
     whole = sum(features.size * 2 for (_, scale), (features, _) in cohort.items() if scale == 20)
     limit = int(share * whole)
-    reader = store.reader("uni", [20], SLIDES, cache_bytes=limit)
+    reader = filled.reader("uni", [20], SLIDES, cache_bytes=limit)
     for slide in np.random.default_rng(0).choice(SLIDES, 60):
         check(reader.read(str(slide)), cohort, (20,))
         held = sum(bags.nbytes for bags in reader._cache._slides.values())
@@ -108,22 +130,22 @@ def test_the_cache_keeps_its_bound_and_forgets_the_oldest(share: float, store: S
     assert (reader.bytes_read == before) == (last.nbytes <= limit)
 
 
-def test_the_cache_keeps_its_bound_with_many_threads(store: Store, cohort: Cohort) -> None:
+def test_the_cache_keeps_its_bound_with_many_threads(filled: Store, cohort: Cohort) -> None:
     limit = 600
-    reader = store.reader("uni", [5, 10, 20], SLIDES, cache_bytes=limit)
+    reader = filled.reader("uni", [5, 10, 20], SLIDES, cache_bytes=limit)
     order = [str(slide) for slide in np.random.default_rng(1).choice(SLIDES, 200)]
     assert [slide.slide_id for slide in reader.stream(order, threads=8, ahead=16)] == order
     assert sum(bags.nbytes for bags in reader._cache._slides.values()) == reader._cache._held <= limit
 
 
-def test_a_missing_slide_is_named(store: Store, cohort: Cohort) -> None:
+def test_a_missing_slide_is_named(filled: Store, cohort: Cohort) -> None:
     with pytest.raises(SlideNotFoundError, match="slide nobody: no 5x, 20x bag from encoder uni"):
-        store.reader("uni", [5, 20], ["s1", "nobody"])
+        filled.reader("uni", [5, 20], ["s1", "nobody"])
 
 
-def test_a_missing_encoder_is_named(store: Store, cohort: Cohort) -> None:
+def test_a_missing_encoder_is_named(filled: Store, cohort: Cohort) -> None:
     with pytest.raises(SlideNotFoundError, match="slide s1: no 20x bag from encoder conch"):
-        store.reader("conch", [20], ["s1"])
+        filled.reader("conch", [20], ["s1"])
 
 
 def test_a_missing_scale_is_named(tmp_path: Path, store: Store, make_cohort: Make) -> None:
@@ -133,19 +155,19 @@ def test_a_missing_scale_is_named(tmp_path: Path, store: Store, make_cohort: Mak
         store.reader("uni", [5, 10, 20], ["a"])
 
 
-def test_a_slide_that_was_not_announced_is_named(store: Store, cohort: Cohort) -> None:
-    reader = store.reader("uni", [20], ["s1"])
+def test_a_slide_that_was_not_announced_is_named(filled: Store, cohort: Cohort) -> None:
+    reader = filled.reader("uni", [20], ["s1"])
     with pytest.raises(SlideNotFoundError, match="'s2'"):
         reader.read("s2")
     with pytest.raises(SlideNotFoundError, match="'s3'"):
         list(reader.stream(["s1", "s3", "s1"]))
 
 
-def test_an_unknown_slide_of_the_store_is_named_with_its_encoders(store: Store, cohort: Cohort) -> None:
+def test_an_unknown_slide_of_the_store_is_named_with_its_encoders(filled: Store, cohort: Cohort) -> None:
     with pytest.raises(SlideNotFoundError, match=r"'nobody'.*encoders that have it: none"):
-        store.slide("nobody")
+        filled.slide("nobody")
     with pytest.raises(SlideNotFoundError, match=r"'s1'.*encoder conch.*encoders that have it: uni"):
-        store.slide("s1", "conch")
+        filled.slide("s1", "conch")
 
 
 def test_a_cohort_is_its_labelled_slides_with_all_scales_and_says_why_others_are_not(
