@@ -21,11 +21,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt tools/make_venv.py
 
 demo: $(VENV)/.ready
 	rm -rf demo
-	$(BIN)/cfstore synth demo/h5 --slides 100 --patches 256 --seed 1
+	$(BIN)/cfstore synth demo/h5 --slides 200 --patches 256 --dim 32 --seed 1
 	$(BIN)/cfstore ingest demo/h5 --encoder synthetic --store demo/store
 	$(BIN)/cfstore sql --store demo/store "SELECT event, count(*) AS patients, round(avg(time_months), 1) AS mean_months \
 	  FROM patients GROUP BY event ORDER BY event"
-	$(BIN)/cftrain run --cohort DEMO --preset demo --store demo/store --out demo/run
+	$(BIN)/cftrain run --cohort DEMO --preset demo --store demo/store --out demo/run --jobs 4
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check

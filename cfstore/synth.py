@@ -14,11 +14,11 @@ Age, sex and site carry no signal.
 
 **Features.** Patch i of a slide at scale s, centred at x_i (in 5x cells), has
 
-    f_i = μ_s + Σ_k φ_k(x_i) a_sk + 3.5 m_i d_s + ε_i,    ε_i ~ N(0, I)
+    f_i = μ_s + Σ_k φ_k(x_i) a_sk + 8 m_i d_s + ε_i,    ε_i ~ N(0, I)
 
 μ_s and the eight a_sk are fixed per scale; the waves φ_k(x) = √2 cos(w_k·x + b_k) are drawn per slide and
 shared by its scales, so that neighbours resemble each other. The unit vectors d_5 (tissue) and d_20
-(cell) are orthogonal to each other and to every μ and a: the shift is 3.5 noise sds of one patch. m marks
+(cell) are orthogonal to each other and to every μ and a: the shift is 8 noise sds of one patch. m marks
 round(p N_5) of the 5x patches, a coherent region, and round(q N_20) of the 20x patches, scattered;
 nothing at 10x. So p shows at 5x only, q at 20x only, and neither needs coordinates. Bags of a few patches
 show p coarsely.
@@ -62,7 +62,7 @@ BETA: Final = 1.6
 WEIBULL_SHAPE: Final = 1.5
 WEIBULL_MONTHS: Final = 60.0
 EVENT_FRACTION: Final = 0.45
-SHIFT: Final = 3.5  # along a planted direction, in noise sds
+SHIFT: Final = 8.0  # along a planted direction, in noise sds
 RANK: Final = 8
 BLOCK_VALUES: Final = 2**20  # features generated at a time
 MODEL: Final = {
@@ -231,7 +231,7 @@ def _write_bag(path: Path, coords: Ints, weights: Floats, loadings: Floats, rng:
 
 
 def _loadings(scale: int, dim: int, seed: int) -> Floats:
-    """The scale's fixed vectors [RANK + 2, dim]: a_1 … a_RANK, μ and 3.5 d (0 at 10x)."""
+    """The scale's fixed vectors [RANK + 2, dim]: a_1 … a_RANK, μ and the shift along d (0 at 10x)."""
     rng = np.random.default_rng([seed, 3, scale])
     lengths = np.append(1.5 / np.sqrt(np.arange(1, RANK + 1)), 0.5 * dim**0.5)
     vectors = rng.standard_normal((RANK + 1, dim))

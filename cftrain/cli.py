@@ -49,6 +49,7 @@ def main() -> None:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. train.epochs=50.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [default: runs/COHORT-MODEL-...].")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Folds trained side by side.")
 @click.option(
     "--store",
     type=click.Path(path_type=Path),
@@ -68,6 +69,7 @@ def run(
     settings: tuple[str, ...],
     out: Path | None,
     device: str,
+    jobs: int,
     store: Path,
     as_json: bool,
 ) -> None:
@@ -95,7 +97,7 @@ def run(
     folder = out or Path("runs") / f"{config.data.cohort}-{config.model.name}-{datetime.now():%Y%m%d-%H%M%S}"
     told = _Progress(config.train.epochs)
     watch = Watcher(on_data=told.data, on_epoch=told.epoch, on_fold=told.fold)
-    done = cross_validate(config, store, folder, device=device, command=sys.argv, watch=watch)
+    done = cross_validate(config, store, folder, device=device, jobs=jobs, command=sys.argv, watch=watch)
     report = write_report(folder)
     if as_json:
         click.echo(json.dumps(done.summary, indent=2))
@@ -140,7 +142,7 @@ class _Progress:
             click.echo(text, err=True)
 
     def fold(self, result: Any) -> None:
-        share = 100 * result.wait_seconds / max(result.seconds, 1e-9)
+        share = 100 * result.work.wait_seconds / max(result.seconds, 1e-9)
         text = (
             f"fold {result.slides.number}  done in {result.seconds:.0f} s ({share:.0f} % waiting for data): "
             f"C-index {_number(result.last_epoch.c_index)}"

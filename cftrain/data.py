@@ -92,6 +92,24 @@ def _patients(store: Store, cohort: str) -> dict[str, dict[str, Any]]:
     return {row["patient_id"]: row for row in rows}
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a feed has delivered; `bytes_read` are decoded bytes from the store, the cache's not counted."""
+
+    n_slides: int
+    n_patches: int
+    bytes_read: int
+    wait_seconds: float
+
+    def since(self, earlier: Work) -> Work:
+        return Work(
+            self.n_slides - earlier.n_slides,
+            self.n_patches - earlier.n_patches,
+            self.bytes_read - earlier.bytes_read,
+            self.wait_seconds - earlier.wait_seconds,
+        )
+
+
 @dataclass
 class Feed:
     """Reads slides and packs them into batches, and knows how long the model waited for it."""
@@ -111,9 +129,9 @@ class Feed:
         self._reader = self.data.store.reader(self.data.cohort.encoder, self.scales, ids, cache_bytes=cache)
 
     @property
-    def bytes_read(self) -> int:
-        """Decoded bytes read from the store (what the cache gave again is not counted)."""
-        return self._reader.bytes_read
+    def work(self) -> Work:
+        """What was delivered so far."""
+        return Work(self.n_slides, self.n_patches, self._reader.bytes_read, self.wait_seconds)
 
     def batches(self, groups: Iterable[Sequence[CohortSlide]]) -> Iterator[tuple[BagBatch, Sequence[CohortSlide]]]:
         """One packed batch per group, in order; the next slides are read while the caller computes."""

@@ -8,27 +8,24 @@ paper's rule, which even random predictions pass with flattering numbers).
 from __future__ import annotations
 
 import json
-import math
+import multiprocessing
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from cfstore import CohortSlide
-from cftrain.checkpoints import save_weights
 from cftrain.config import RunConfig, to_toml
 from cftrain.data import Feed, RunData, load_data
 from cftrain.errors import ConfigError, RunError
+from cftrain.fold_training import make_model, train_fold
 from cftrain.folds import FoldSlides
-from cftrain.loop import Evaluation, evaluate, learning_rate, train_epoch
-from cftrain.models import SurvivalModel, build
 from cftrain.provenance import collect
-from cftrain.results import Epoch, FoldResult, scores, without_nan, write_predictions, write_summary
-from cftrain.survival import TimeBins, class_weights, epoch_order, fit_bins
+from cftrain.results import Epoch, FoldResult, write_predictions, write_summary
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,29 @@ def choose_device(name: str) -> torch.device:
 
 
 def cross_validate(
-    config: RunConfig, store: Path, out: Path, *, device: str = "auto", command: Sequence[str] = (), watch: Watcher
+    config: RunConfig,
+    store: Path,
+    out: Path,
+    *,
+    device: str = "auto",
+    jobs: int = 1,
+    command: Sequence[str] = (),
+    watch: Watcher | None = None,
 ) -> FinishedRun:
     """Train and evaluate every fold and write the run directory `out`.
+
+    Parameters
+    ----------
+    config, store, out
+        What to do, on which data, and where to write.
+    device
+        "auto", "cpu", "cuda", "cuda:1".
+    jobs
+        Folds trained side by side, each in a process with its share of the CPU's threads.
+    command
+        Kept in provenance.json.
+    watch
+        What to call while the run goes on.
 
     Raises
     ------
@@ -81,28 +98,76 @@ def cross_validate(
     NonFiniteError
         Training diverged; names the slides.
     """
+    watch = watch or Watcher()
     chosen = choose_device(device)
-    scales = _model(config, feature_dim=2).scales
+    scales = make_model(config, feature_dim=2).scales
     data = load_data(store, config.data, config.model.name, scales, config.train.seed)
     toml = to_toml(config)
+    n_parameters = sum(weight.numel() for weight in make_model(config, data.cohort.dim).parameters())
     _begin(out, toml, collect(data, chosen, command, toml))
-    feed = Feed(data, scales, config.data, chosen)
-    n_parameters = sum(weight.numel() for weight in _model(config, data.cohort.dim).parameters())
     watch.on_data(data, n_parameters)
     started = time.perf_counter()
+    if jobs == 1:
+        trained = _one_by_one(config, data, chosen, out, watch)
+    else:
+        trained = _side_by_side(config, data, chosen, out, watch, min(jobs, len(data.folds)))
     results = []
-    for fold in data.folds:
-        result = _train_fold(config, data, feed, fold, out / f"fold_{fold.number}", watch)
+    for result in trained:
         results.append(result)
         watch.on_fold(result)
+    results.sort(key=lambda result: result.slides.number)
     seconds = time.perf_counter() - started
     write_predictions(out, results)
-    summary = write_summary(out, config, data, feed, results, seconds, n_parameters)
-    return FinishedRun(out, summary)
+    return FinishedRun(out, write_summary(out, config, data, results, seconds, n_parameters, chosen))
 
 
-def _model(config: RunConfig, feature_dim: int) -> SurvivalModel:
-    return build(config.model.name, feature_dim, **{**config.model.options, "n_bins": config.bins.count})
+def _fold_directory(out: Path, fold: FoldSlides) -> Path:
+    return out / f"fold_{fold.number}"
+
+
+def _one_by_one(
+    config: RunConfig, data: RunData, device: torch.device, out: Path, watch: Watcher
+) -> Iterator[FoldResult]:
+    feed = Feed(data, data.cohort.scales, config.data, device)
+    for fold in data.folds:
+        yield train_fold(config, data, feed, fold, _fold_directory(out, fold), watch.on_epoch)
+
+
+def _side_by_side(
+    config: RunConfig, data: RunData, device: torch.device, out: Path, watch: Watcher, jobs: int
+) -> Iterator[FoldResult]:
+    """Folds in processes of their own; epochs are told through a queue. Yields folds as they finish."""
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        epochs = manager.Queue()
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        pending = {
+            pool.submit(_in_process, config, data, fold, device, threads, out, epochs.put) for fold in data.folds
+        }
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                while not epochs.empty():
+                    watch.on_epoch(*epochs.get())
+                for future in done:
+                    yield future.result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _in_process(
+    config: RunConfig,
+    data: RunData,
+    fold: FoldSlides,
+    device: torch.device,
+    threads: int,
+    out: Path,
+    tell: Callable[[tuple[FoldSlides, Epoch]], None],
+) -> FoldResult:
+    torch.set_num_threads(threads)
+    feed = Feed(data, data.cohort.scales, config.data, device)
+    return train_fold(config, data, feed, fold, _fold_directory(out, fold), lambda *epoch: tell(epoch))
 
 
 def _begin(out: Path, toml: str, provenance: Mapping[str, Any]) -> None:
@@ -116,103 +181,3 @@ def _begin(out: Path, toml: str, provenance: Mapping[str, Any]) -> None:
     except OSError as error:
         message = f"{out}: cannot write the run directory ({error.strerror})"
         raise RunError(message) from error
-
-
-def _fit_bins(config: RunConfig, data: RunData, fold: FoldSlides) -> TimeBins:
-    """Bins from the patients of the training fold, or as the paper's code: from all slides of the cohort."""
-    if config.bins.fitted_on == "train":
-        labels = list({slide.patient_id: (slide.time_months, slide.event) for slide in fold.train}.values())
-    else:
-        labels = [(slide.time_months, slide.event) for slide in data.cohort.slides]
-    times = np.array([months for months, _ in labels])
-    return fit_bins(times, np.array([event for _, event in labels]), config.bins.count)
-
-
-def _order(config: RunConfig, fold: FoldSlides, weights: Any, epoch: int) -> list[CohortSlide]:
-    order = epoch_order(len(fold.train), weights=weights, seed=config.train.seed, epoch=epoch, fold=fold.number)
-    return [fold.train[i] for i in order]
-
-
-def _weights(config: RunConfig, fold: FoldSlides, bins: TimeBins) -> Any:
-    if config.train.sampling == "uniform":
-        return None
-    time_bin = bins.assign(np.array([slide.time_months for slide in fold.train]))
-    return class_weights(time_bin, np.array([slide.event for slide in fold.train]))
-
-
-def _selectable(epoch: Epoch, best: Epoch | None, select_from: int, epochs: int) -> bool:
-    """Whether `epoch` is the best so far, among those that may be selected."""
-    if epoch.epoch < min(select_from, epochs):
-        return False
-    return best is None or (math.isfinite(epoch.c_index) and not epoch.c_index <= best.c_index)
-
-
-def _train_fold(
-    config: RunConfig, data: RunData, feed: Feed, fold: FoldSlides, out: Path, watch: Watcher
-) -> FoldResult:
-    out.mkdir()
-    started, waited = time.perf_counter(), feed.wait_seconds
-    torch.manual_seed(config.train.seed * 1000 + fold.number)
-    bins = _fit_bins(config, data, fold)
-    weights = _weights(config, fold, bins)
-    model = _model(config, data.cohort.dim).to(feed.device)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay
-    )
-    epochs: list[Epoch] = []
-    best: Epoch | None = None
-    prediction = best_prediction = None
-    with (out / "metrics.jsonl").open("w") as log:
-        for number in range(config.train.epochs):
-            rate = learning_rate(config.train, number)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            order = _order(config, fold, weights, number)
-            epoch, prediction = _run_epoch(config, feed, fold, model, optimizer, bins, order, number + 1)
-            epochs.append(epoch)
-            log.write(json.dumps(without_nan(asdict(epoch))) + "\n")
-            log.flush()
-            watch.on_epoch(fold, epoch)
-            if _selectable(epoch, best, config.train.select_from, config.train.epochs):
-                best, best_prediction = epoch, prediction
-                save_weights(model, out / "best_epoch.safetensors", epoch=str(epoch.epoch))
-            if config.train.patience and best and epoch.epoch - best.epoch >= config.train.patience:
-                break
-    assert best is not None and prediction is not None and best_prediction is not None  # noqa: S101, PT018 - at least one epoch ran
-    save_weights(model, out / "last_epoch.safetensors", epoch=str(epochs[-1].epoch))
-    return FoldResult(
-        slides=fold,
-        bins=bins,
-        epochs=tuple(epochs),
-        best=best.epoch - 1,
-        last_prediction=prediction,
-        best_prediction=best_prediction,
-        seconds=time.perf_counter() - started,
-        wait_seconds=feed.wait_seconds - waited,
-    )
-
-
-def _run_epoch(
-    config: RunConfig,
-    feed: Feed,
-    fold: FoldSlides,
-    model: SurvivalModel,
-    optimizer: torch.optim.Optimizer,
-    bins: TimeBins,
-    order: Sequence[CohortSlide],
-    number: int,
-) -> tuple[Epoch, Evaluation]:
-    started = time.perf_counter()
-    train_loss = train_epoch(model, optimizer, feed, order, bins, config.train)
-    prediction = evaluate(model, feed, fold.val, bins, config.train.batch_patches)
-    per_slide, per_patient = scores(fold.val, prediction.risk)
-    epoch = Epoch(
-        epoch=number,
-        train_loss=train_loss,
-        val_loss=prediction.loss,
-        c_index=per_slide,
-        c_index_patient=per_patient,
-        lr=optimizer.param_groups[0]["lr"],
-        seconds=time.perf_counter() - started,
-    )
-    return epoch, prediction

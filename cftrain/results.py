@@ -12,10 +12,11 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from cfstore import CohortSlide
 from cftrain.config import RunConfig, TrainConfig
-from cftrain.data import Feed, RunData
+from cftrain.data import RunData, Work
 from cftrain.folds import FoldSlides
 from cftrain.loop import Evaluation
 from cftrain.provenance import device_name
@@ -49,7 +50,7 @@ class FoldResult:
     last_prediction: Evaluation
     best_prediction: Evaluation
     seconds: float
-    wait_seconds: float
+    work: Work
 
     @property
     def last_epoch(self) -> Epoch:
@@ -170,7 +171,7 @@ def _fold_row(result: FoldResult) -> dict[str, Any]:
             "c_index_best_epoch": best.c_index,
             "c_index_patient_best_epoch": best.c_index_patient,
             "seconds": result.seconds,
-            "data_wait_seconds": result.wait_seconds,
+            "data_wait_seconds": result.work.wait_seconds,
         }
     )
 
@@ -179,10 +180,10 @@ def write_summary(
     out: Path,
     config: RunConfig,
     data: RunData,
-    feed: Feed,
     results: Sequence[FoldResult],
     seconds: float,
     n_parameters: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Write and return summary.json: every C-index with the rule that chose its epoch."""
     honest, slides = last_epoch_rule(config.train), data.cohort.slides
@@ -214,13 +215,13 @@ def write_summary(
         "bins_from": "train fold" if config.bins.fitted_on == "train" else "cohort",
         "feature_dim": data.cohort.dim,
         "n_parameters": n_parameters,
-        "device": device_name(feed.device),
+        "device": device_name(device),
         "folds": [_fold_row(result) for result in results],
         "seconds": seconds,
-        "slides_per_second": feed.n_slides / seconds,
-        "patches_per_second": feed.n_patches / seconds,
-        "bytes_read": feed.bytes_read,
-        "data_wait_seconds": feed.wait_seconds,
+        "slides_per_second": sum(result.work.n_slides for result in results) / seconds,
+        "patches_per_second": sum(result.work.n_patches for result in results) / seconds,
+        "bytes_read": sum(result.work.bytes_read for result in results),
+        "data_wait_seconds": sum(result.work.wait_seconds for result in results),
     }
     text = json.dumps(summary, indent=2, allow_nan=False)
     temporary = out / ".summary.json"

@@ -36,6 +36,7 @@ FLOORS = {
         {"data"},
         {"loop", "provenance"},
         {"results"},
+        {"fold_training"},
         {"experiment"},
         {"cli"},
     ],

@@ -1,0 +1,99 @@
+"""Settings: where they come from, which one wins, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from cftrain.config import load_config, presets, to_toml
+from cftrain.errors import ConfigError, UnknownModelError
+
+
+def test_defaults_are_the_papers_optimiser_on_a_fixed_schedule():
+    train = load_config().train
+    assert (train.learning_rate, train.weight_decay, train.accumulate) == (1e-4, 4e-6, 32)
+    assert train.patience == 0
+
+
+def test_the_preset_paper_is_the_protocol_of_the_released_code():
+    config = load_config(preset="paper")
+    assert (config.train.epochs, config.train.patience, config.train.alpha) == (100, 20, 0.2)
+    assert (config.train.cosine_epochs, config.train.final_learning_rate) == (10, 0.0)
+    assert (config.bins.count, config.bins.fitted_on) == (4, "cohort")
+
+
+def test_later_sources_win_preset_then_file_then_flags_then_set(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('[data]\ncohort = "FROM_FILE"\n[train]\nepochs = 3\nseed = 1\n')
+    config = load_config(
+        preset="paper", file=file, flags={"data.cohort": "FLAG", "data.encoder": None}, settings=["train.seed=2"]
+    )
+    assert config.data.cohort == "FLAG"
+    assert (config.train.epochs, config.train.seed, config.train.patience) == (3, 2, 20)
+
+
+@pytest.mark.parametrize("preset", [None, *presets()])
+def test_the_resolved_toml_gives_the_same_configuration_back(preset, tmp_path):
+    config = load_config(preset=preset, flags={"data.cohort": "A", "model.name": None}, settings=["train.epochs=9"])
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config))
+    again = load_config(file=file)
+    assert to_toml(again) == to_toml(config)
+    assert (again.data, again.bins, again.train, again.preset) == (
+        config.data,
+        config.bins,
+        config.train,
+        config.preset,
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ("train.epoch=3", "train.epochs"),
+        ("epochs=3", "train.epochs"),
+        ("train.learningrate=1", "train.learning_rate"),
+        ("bins.number=4", "bins.count"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_near_names(setting, hint):
+    with pytest.raises(ConfigError, match=hint):
+        load_config(settings=[setting])
+
+
+@pytest.mark.parametrize(
+    ("setting", "found"),
+    [
+        ("train.epochs=many", "'many'"),
+        ("train.epochs=0", "above 0"),
+        ("train.epochs=2.5", "2.5"),
+        ("train.alpha=2", "between 0 and 1"),
+        ("train.sampling=sometimes", "weighted, uniform"),
+        ("bins.count=1", "at least 2"),
+        ("model.n_bins=3", "bins.count"),
+        ("train.epochs", "key=value"),
+        ("train.patience=-1", "negative"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_saying_what_was_found(setting, found):
+    with pytest.raises(ConfigError, match=found):
+        load_config(settings=[setting])
+
+
+def test_unknown_models_options_and_presets_are_refused_by_name():
+    with pytest.raises(UnknownModelError, match="crossfusion"):
+        load_config(flags={"model.name": "crosfusion"})
+    with pytest.raises(ConfigError, match="embed_dim"):
+        load_config(settings=["model.embed_dims=64"])
+    with pytest.raises(ConfigError, match="paper"):
+        load_config(preset="papr")
+
+
+def test_a_broken_toml_file_is_named(tmp_path):
+    file = tmp_path / "broken.toml"
+    file.write_text("[train\nepochs = 3")
+    with pytest.raises(ConfigError, match=r"broken\.toml"):
+        load_config(file=file)
+
+
+def test_an_integer_stands_for_a_float():
+    assert load_config(settings=["train.learning_rate=1"]).train.learning_rate == 1.0
