@@ -125,7 +125,10 @@ def read_slide_rows(root: Path, slide_id: str) -> dict[str, Any]:
     with connect(root) as connection:
         slides = _rows(connection, "SELECT * FROM slides WHERE slide_id = ?", [slide_id])
         if not slides:
-            query = "SELECT slide_id FROM slides ORDER BY jaro_winkler_similarity(slide_id, ?) DESC LIMIT 3"
+            query = (
+                "SELECT slide_id FROM slides "
+                "ORDER BY starts_with(slide_id, $1) DESC, jaro_winkler_similarity(slide_id, $1) DESC, slide_id LIMIT 3"
+            )
             near = [name for (name,) in connection.execute(query, [slide_id]).fetchall()]
             message = f"slide {slide_id!r} is not in {root}" + (f"; near names: {', '.join(near)}" if near else "")
             raise SlideNotFoundError(message)

@@ -15,9 +15,10 @@ from cfstore.clinical import ClinicalTable, looks_clinical, read_clinical
 from cfstore.convert import digest_of_source
 from cfstore.errors import ClinicalError, DuplicateBagError, ShapeError, SourceError, UnreadableFileError
 from cfstore.labels import CohortLabels, collect
+from cfstore.names import tcga_patient_id
 from cfstore.parsers import BagHead, BagSource, discover, read_head
 from cfstore.schema import check_name
-from cfstore.splits import find_split_files
+from cfstore.splits import find_split_files, read_splits
 
 Progress = Callable[[int, int], None]
 Key = tuple[str, int, str]  # slide_id, scale, encoder
@@ -133,6 +134,20 @@ def find_splits(folder: Path) -> Path | None:
     """`folder` or `folder/splits`, whichever holds `splits_<k>.csv` files."""
     places = (folder, folder / "splits")
     return next((place for place in places if place.is_dir() and find_split_files(place)), None)
+
+
+def _check_splits(folder: Path, table: ClinicalTable | None) -> None:
+    """Raise what importing the folds would raise, as far as it can be known before the slides are in."""
+    known = list(labels_of(table).values()) if table else []
+
+    def patient_of(entry: str) -> str:
+        if any(entry in labels.patients for labels in known):
+            return entry
+        found = next((patient for labels in known if (patient := labels.patient_of(entry))), None)
+        return found or tcga_patient_id(entry) or entry
+
+    check_name("split", folder.resolve().name, "--splits (a folder with such a name)")
+    read_splits(folder, patient_of)
 
 
 def _check_unlocked(source: BagSource) -> None:
@@ -256,7 +271,11 @@ def make_plan(
         for (name, slide_id), bags in sorted(todo.items())
         if (name, slide_id) not in bad
     )
-    table = clinical or find_clinical(folder)
+    path = clinical or find_clinical(folder)
+    table = read_clinical(path, cohort) if path else None
+    fold_files = splits or find_splits(folder)
+    if fold_files:
+        _check_splits(fold_files, table)
     return IngestPlan(
         folder=folder,
         layout=discovery.layout,
@@ -268,8 +287,8 @@ def make_plan(
         n_present=len(there - set(todo)),
         incomplete=_incomplete(discovery.sources, present),
         problems=tuple(problems),
-        clinical=read_clinical(table, cohort) if table else None,
-        splits=splits or find_splits(folder),
+        clinical=table,
+        splits=fold_files,
         dtype=dtype,
     )
 

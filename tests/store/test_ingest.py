@@ -451,3 +451,15 @@ def test_the_snapshot_agrees_with_sql_row_for_row(tmp_path: Path, store: Store, 
     assert snapshot.column_names == expected.column_names
     assert snapshot.to_pylist() == expected.to_pylist()
     assert snapshot.num_rows == 15
+
+
+def test_leaky_folds_lying_in_the_folder_stop_the_ingest_before_anything_is_written(
+    tmp_path: Path, store: Store, cohort: Cohort
+) -> None:
+    clinical(tmp_path / "uni" / "clinical.csv", *(f"P-{slide},{slide}.svs,12,0" for slide in SLIDES))
+    folds = tmp_path / "uni" / "splits"
+    folds.mkdir()
+    (folds / "splits_0.csv").write_text(",train,val\n0,P-a,P-b\n1,P-b,\n")
+    with pytest.raises(cfstore.LeakageError, match=r"splits_0\.csv.*P-b"):
+        store.ingest(tmp_path / "uni")
+    assert bag_rows(store) == []

@@ -1,0 +1,151 @@
+"""What a person at a terminal, and a program reading JSON, get from `cfstore`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+
+from cfstore.cli import main
+from cfstore.synth import synthesize
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve synthetic slides, ingested: `demo/h5` and `demo/store`."""
+    base = tmp_path_factory.mktemp("demo")
+    synthesize(base / "h5", slides=12, patches=32, dim=8, seed=5)
+    done = invoke("ingest", base / "h5", "--store", base / "store", "--encoder", "toy")
+    assert done.exit_code == 0, done.output
+    return base
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_a_dry_run_says_what_was_understood_and_writes_nothing(demo: Path, tmp_path: Path) -> None:
+    done = invoke("ingest", demo / "h5", "--store", tmp_path / "store", "--dry-run")
+    assert done.exit_code == 0
+    assert "clam: scales 5x, 10x, 20x" in done.stdout
+    assert "12 found, 0 in the store already, 12 to write" in done.stdout
+    assert "12 of 12 slides matched" in done.stdout
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_ingest_as_json_prints_one_object_and_its_text_elsewhere(demo: Path, tmp_path: Path) -> None:
+    done = invoke("ingest", demo / "h5", "--store", tmp_path / "store", "--json")
+    report = json.loads(done.stdout)
+    assert (report["n_slides"], report["n_bags"], report["problems"]) == (12, 36, [])
+    assert report["plan"]["layout"] == "clam"
+    assert "layout" in done.stderr
+
+
+def test_a_second_ingest_says_that_there_is_nothing_to_do(demo: Path) -> None:
+    done = invoke("ingest", demo / "h5", "--store", demo / "store", "--encoder", "toy")
+    assert done.exit_code == 0
+    assert "nothing to write: all 12 slides are in the store already" in done.stdout
+
+
+def test_bad_files_are_all_named_and_nothing_is_written_unless_skipped(demo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "x20" / "h5_files"
+    folder.mkdir(parents=True)
+    good = next((demo / "h5" / "x20" / "h5_files").iterdir())
+    (folder / "good.h5").write_bytes(good.read_bytes())
+    for name in ("bad1.h5", "bad2.h5"):
+        (folder / name).write_bytes(good.read_bytes()[:100])
+    store = tmp_path / "store"
+    stopped = invoke("ingest", tmp_path / "x20", "--store", store, "--encoder", "toy", "--cohort", "C")
+    assert stopped.exit_code == 1
+    assert "bad1.h5" in stopped.output
+    assert "bad2.h5" in stopped.output
+    assert "Traceback" not in stopped.output
+    assert json.loads(invoke("info", "--json", "--store", store).stdout)["encoders"] == []
+    skipped = invoke(
+        "ingest", tmp_path / "x20", "--store", store, "--encoder", "toy", "--cohort", "C", "--on-error", "skip"
+    )
+    assert skipped.exit_code == 0
+    assert "left out   bad1" in skipped.stdout
+    shown = invoke("info", "--store", store)
+    assert "slides left out at ingest: 2" in shown.stdout
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json", "parquet"])
+def test_sql_answers_in_every_format(form: str, demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / f"out.{form}"
+    query = "SELECT scale, count(*) AS slides FROM bags GROUP BY scale ORDER BY scale"
+    done = invoke("sql", query, "--format", form, "-o", out, "--store", demo / "store")
+    assert done.exit_code == 0, done.output
+    if form == "parquet":
+        rows = [(row["scale"], row["slides"]) for row in pq.read_table(out).to_pylist()]
+    elif form == "json":
+        rows = [(row["scale"], row["slides"]) for row in json.loads(out.read_text())]
+    elif form == "csv":
+        rows = [(int(row["scale"]), int(row["slides"])) for row in csv.DictReader(out.read_text().splitlines())]
+    else:
+        rows = [tuple(map(int, line.split())) for line in out.read_text().splitlines()[2:]]
+    assert rows == [(5, 12), (10, 12), (20, 12)]
+
+
+def test_sums_are_numbers_and_missing_values_null_in_json(demo: Path) -> None:
+    query = "SELECT sum(event::int) AS events, NULL AS nothing, 'nan'::double AS undefined FROM patients"
+    (row,) = json.loads(invoke("sql", query, "--format", "json", "--store", demo / "store").stdout)
+    assert isinstance(row["events"], int)
+    assert row["nothing"] is None
+    assert row["undefined"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["sql", "DELETE FROM bags"], 1, "refused"),
+        (["sql", "SELECT * FROM nope"], 1, "nope"),
+        (["show", "DEMO-0001"], 1, "near names: DEMO-0001-01"),
+        (["splits"], 2, "--make"),
+        (["splits", "--make", "1"], 2, "--make"),
+        (["ingest"], 2, "H5DIR"),
+        (["nonsense"], 2, "nonsense"),
+    ],
+)
+def test_what_is_wrong_is_said_with_an_exit_code(arguments: list[str], code: int, message: str, demo: Path) -> None:
+    store = [] if arguments == ["nonsense"] else ["--store", str(demo / "store")]
+    done = invoke(*arguments, *store)
+    assert done.exit_code == code
+    assert message in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_missing_store_is_named_with_the_way_to_make_one(tmp_path: Path) -> None:
+    done = invoke("info", "--store", tmp_path / "none")
+    assert done.exit_code == 1
+    assert "cfstore ingest" in done.output
+
+
+def test_the_store_may_come_from_the_environment(demo: Path) -> None:
+    done = CliRunner(env={"CFSTORE": str(demo / "store")}).invoke(main, ["sql", "SELECT 42 AS answer"])
+    assert "42" in done.stdout
+
+
+def test_a_slide_is_shown_with_or_without_its_suffix(demo: Path) -> None:
+    for name in ("DEMO-0001-01", "DEMO-0001-01.svs"):
+        done = invoke("show", name, "--store", demo / "store", "--json")
+        assert [bag["scale"] for bag in json.loads(done.stdout)["bags"]] == [5, 10, 20]
+
+
+def test_made_splits_are_printed_and_kept(demo: Path) -> None:
+    done = invoke("splits", "--make", "3", "--store", demo / "store", "--json")
+    made = json.loads(done.stdout)
+    assert [fold["fold"] for fold in made["folds"]] == [0, 1, 2]
+    listed = invoke("sql", "SELECT DISTINCT name FROM splits ORDER BY 1", "--store", demo / "store").stdout
+    assert made["name"] in listed
+
+
+def test_synth_prints_both_c_indices(tmp_path: Path) -> None:
+    done = invoke("synth", tmp_path / "h5", "--slides", 10, "--patches", 16, "--dim", 8, "--json")
+    made = json.loads(done.stdout)
+    assert 0.5 < made["c_index_best_single_scale"] < 1
+    assert made["c_index_oracle"] == json.loads((tmp_path / "h5" / "synth.json").read_text())["c_index_oracle"]
