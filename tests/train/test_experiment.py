@@ -190,8 +190,8 @@ def invoke(*arguments):
 def test_the_command_prints_the_table_and_writes_the_report(demo_store, tmp_path):
     out = tmp_path / "run"
     done = invoke(
-        "run", "--cohort", "DEMO", "--model", "abmil", "--store", demo_store.path, "--out", out, "--set", "train.epochs=2",
-        "--set", "model.hidden_dim=8", "--set", "model.attention_dim=4", "--device", "cpu",
+        "run", "--cohort", "DEMO", "--model", "abmil", "--store", demo_store.path, "--out", out, "--device", "cpu",
+        "--set", "train.epochs=2", "--set", "model.hidden_dim=8", "--set", "model.attention_dim=4",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     summary = json.loads((out / "summary.json").read_text())
