@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from cfstore.errors import StoreFormatError
 from cfstore.shards.records import ShardRecord
@@ -92,7 +92,7 @@ class ShardWriter:
     def _create(self, name: str, shape: tuple[int, int], chunk: int, dtype: str) -> zarr.Array[Any]:
         typesize = np.dtype(dtype).itemsize
         blosc = BloscCodec(
-            cname="zstd", clevel=1, shuffle=BloscShuffle.shuffle, typesize=typesize, blocksize=_BLOCK_BYTES
+            cname="zstd", clevel=1, shuffle="shuffle", typesize=typesize, blocksize=_BLOCK_BYTES
         )
         return self._group.create_array(
             name,
