@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from cfstore.errors import StoreError
+from cfstore.render import human_bytes, plain, text_table
 
 F = TypeVar("F", bound=Callable[..., Any])
-_SHOWN = 5  # names listed before "and N more"
 _QUIET_SECONDS = 2.0
 
 
@@ -104,6 +102,7 @@ def ingest(
         cfstore ingest h5dir/
         cfstore ingest bags/ --scale 20 --encoder uni --cohort BLCA --clinical blca.csv
     """
+    from cfstore.describe import describe_plan, describe_report, plan_json, report_json
     from cfstore.store import IngestOptions, open_store, plan_ingest
 
     options = IngestOptions(
@@ -119,17 +118,17 @@ def ingest(
     with _progress("looking at files", "files") as step:
         plan = plan_ingest(h5dir, options, opened, step)
     say = _printer(as_json)
-    for line in _describe_plan(plan):
+    for line in describe_plan(plan):
         say(line)
     if dry_run or opened is None:
         for problem in plan.problems:
             say(f"problem    {problem.error}")
         if as_json:
-            _print_json(_plan_json(plan))
+            _print_json(plan_json(plan))
         sys.exit(1 if plan.problems and on_error == "stop" else 0)
     with _progress("writing", "slides") as step:
         report = opened.ingest(h5dir, options, plan=plan, on_error=on_error, progress=step)
-    for line in _describe_report(report):
+    for line in describe_report(report):
         say(line)
     for row in opened.info().cohorts:
         say(
@@ -137,87 +136,7 @@ def ingest(
             f"of {row['n_labelled_patients']} patients, {row['n_events']} events"
         )
     if as_json:
-        _print_json(_report_json(plan, report, store))
-
-
-def _describe_plan(plan: Any) -> Iterator[str]:
-    scales = ", ".join(f"{scale}x" for scale in plan.scales)
-    yield f"layout     {plan.layout}: scales {scales}"
-    yield "encoder    " + ", ".join(f"{name} (D={dim})" for name, dim in sorted(plan.dims.items()))
-    yield f"slides     {plan.n_slides} found, {plan.n_present} in the store already, {len(plan.jobs)} to write"
-    for note in plan.notes:
-        yield f"note       {note}"
-    if plan.incomplete:
-        listed = [f"{slide} (no {', '.join(f'{s}x' for s in lacking)})" for slide, lacking in plan.incomplete.items()]
-        yield f"incomplete {len(listed)} slides lack a scale: {_some(listed)}"
-    yield from _describe_clinical(plan)
-    if plan.splits:
-        yield f"splits     {plan.splits}"
-    yield (
-        f"bytes      {_bytes(plan.source_bytes)} to read, "
-        f"{_bytes(plan.feature_bytes)} as {plan.dtype} before compression"
-    )
-
-
-def _describe_clinical(plan: Any) -> Iterator[str]:
-    if plan.clinical is None:
-        yield "clinical   no table found in the folder; add one later with `cfstore clinical FILE`"
-        return
-    table = plan.clinical
-    matched, total = plan.match_clinical()
-    yield f"clinical   {table.source} ({table.format})"
-    yield f"           {len(table.patients)} patients; {matched} of {total} slides matched"
-    for note in table.notes:
-        yield f"           {note}"
-
-
-def _describe_report(report: Any) -> Iterator[str]:
-    if not report.n_slides and not report.problems:
-        yield f"done       nothing to write: all {report.n_present} slides are in the store already"
-        return
-    speed = report.source_bytes / max(report.seconds, 1e-9)
-    ratio = f", {report.stored_bytes / report.source_bytes:.2f} of the source" if report.source_bytes else ""
-    yield (
-        f"done       {report.n_slides} slides ({report.n_bags} bags) in {report.n_shards} shards: "
-        f"{_bytes(report.source_bytes)} -> {_bytes(report.stored_bytes)}{ratio}, "
-        f"{report.seconds:.1f} s, {_bytes(speed)}/s"
-    )
-    for problem in report.problems:
-        yield f"left out   {problem.slide_id}: {problem.error}"
-
-
-def _plan_json(plan: Any) -> dict[str, Any]:
-    matched, _ = plan.match_clinical()
-    return {
-        "layout": plan.layout,
-        "scales": plan.scales,
-        "encoders": dict(plan.dims),
-        "n_slides": plan.n_slides,
-        "n_present": plan.n_present,
-        "n_to_write": len(plan.jobs),
-        "missing_scales": dict(plan.incomplete),
-        "clinical": str(plan.clinical.source) if plan.clinical else None,
-        "n_matched": matched,
-        "splits": str(plan.splits) if plan.splits else None,
-        "source_bytes": plan.source_bytes,
-        "feature_bytes": plan.feature_bytes,
-        "problems": [_problem_json(problem) for problem in plan.problems],
-    }
-
-
-def _problem_json(problem: Any) -> dict[str, str]:
-    return {
-        "slide_id": problem.slide_id,
-        "encoder": problem.encoder,
-        "source": problem.source,
-        "error": type(problem.error).__name__,
-        "message": str(problem.error),
-    }
-
-
-def _report_json(plan: Any, report: Any, store: Path) -> dict[str, Any]:
-    done = asdict(report) | {"problems": [_problem_json(problem) for problem in report.problems], "store": str(store)}
-    return {"plan": _plan_json(plan), **done}
+        _print_json(report_json(plan, report, store))
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -348,10 +267,10 @@ def _write_rows(rows: Any, form: str, output: Path | None) -> None:
         write(rows, str(output) if output else sys.stdout.buffer)
         return
     if form == "json":
-        text = json.dumps(_plain(rows.to_pylist()), indent=2)
+        text = json.dumps(plain(rows.to_pylist()), indent=2)
     else:
         columns = [rows.column(i).to_pylist() for i in range(rows.num_columns)]
-        text = _table(rows.column_names, list(zip(*columns, strict=True)))
+        text = text_table(rows.column_names, list(zip(*columns, strict=True)))
     if output:
         output.write_text(text + "\n")
     else:
@@ -375,7 +294,7 @@ def info(store: Path, as_json: bool) -> None:
     if as_json:
         _print_json(asdict(found))
         return
-    click.echo(f"store {found.path}: {_bytes(found.stored_bytes)} of features, made {found.created}")
+    click.echo(f"store {found.path}: {human_bytes(found.stored_bytes)} of features, made {found.created}")
     for title, rows in (("cohorts", found.cohorts), ("bags", _readable(found.encoders)), ("splits", found.splits)):
         if rows:
             click.echo(f"\n{title}")
@@ -395,7 +314,7 @@ def info(store: Path, as_json: bool) -> None:
 
 def _readable(encoders: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
-        {**row, "bytes": _bytes(row["bytes"]), "rms_relative_error": f"{row['rms_relative_error']:.1e}"}
+        {**row, "bytes": human_bytes(row["bytes"]), "rms_relative_error": f"{row['rms_relative_error']:.1e}"}
         for row in encoders
     ]
 
@@ -513,63 +432,9 @@ def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
             bar.__exit__(None, None, None)
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN, no dates and no 128-bit integers."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
-
-
 def _print_json(content: Any) -> None:
-    click.echo(json.dumps(_plain(content), indent=2))
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def _some(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more
+    click.echo(json.dumps(plain(content), indent=2))
 
 
 def _echo_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    click.echo(_table(list(rows[0]), [tuple(row.values()) for row in rows]))
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return str(value).replace("\n", " ")
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns padded to their widest cell; numbers to the right."""
-    cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(names)]
-    numeric = [
-        bool(rows) and all(isinstance(row[i], (int, float, Decimal)) or row[i] is None for row in rows)
-        for i in range(len(names))
-    ]
-
-    def line(row: Sequence[str]) -> str:
-        padded = (
-            cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True)
-        )
-        return "  ".join(padded).rstrip()
-
-    return "\n".join([line(names), line(["-" * width for width in widths]), *map(line, cells)])
+    click.echo(text_table(list(rows[0]), [tuple(row.values()) for row in rows]))

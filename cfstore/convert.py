@@ -32,7 +32,8 @@ class StoredBag:
 
 
 def _check_finite(source: BagSource, rows: NDArray[np.floating]) -> None:
-    finite = np.isfinite(rows).all(axis=1)
+    blocks = (rows[at : at + _BLOCK_ROWS] for at in range(0, len(rows), _BLOCK_ROWS))
+    finite = np.concatenate([np.isfinite(block).all(axis=1) for block in blocks])
     if not finite.all():
         bad = np.flatnonzero(~finite)
         message = (
@@ -56,7 +57,7 @@ def convert(source: BagSource, dtype: str) -> StoredBag:
     """
     raw = read_bag(source)
     _check_finite(source, raw.features)
-    largest = float(np.abs(raw.features).max())
+    largest = max(float(raw.features.max()), -float(raw.features.min()))
     if largest > float(np.finfo(dtype).max):  # as float: NumPy would round `largest` to the dtype first
         message = (
             f"{source.path}: a feature of magnitude {largest:,.6g} does not fit {dtype} "

@@ -110,11 +110,13 @@ def read_info(root: Path) -> StoreInfo:
             slides_missing_scale=_rows(
                 connection,
                 """
-                WITH held AS (SELECT encoder, list_sort(list(DISTINCT scale)) AS scales FROM bags GROUP BY encoder)
-                SELECT encoder, slide_id,
+                WITH placed AS (SELECT cohort, encoder, slide_id, scale FROM bags JOIN slides USING (slide_id)),
+                     held AS (SELECT cohort, encoder, list_sort(list(DISTINCT scale)) AS scales
+                              FROM placed GROUP BY cohort, encoder)
+                SELECT cohort, encoder, slide_id,
                        list_filter(any_value(scales), lambda s: NOT list_contains(list(scale), s)) AS missing
-                FROM bags JOIN held USING (encoder) GROUP BY encoder, slide_id
-                HAVING len(missing) > 0 ORDER BY encoder, slide_id""",
+                FROM placed JOIN held USING (cohort, encoder) GROUP BY cohort, encoder, slide_id
+                HAVING len(missing) > 0 ORDER BY cohort, encoder, slide_id""",
             ),
             skipped=_rows(connection, "SELECT * FROM skipped ORDER BY ALL"),
         )

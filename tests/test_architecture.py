@@ -15,7 +15,7 @@ PACKAGES = {"cfstore": ROOT / "cfstore", "cftrain": ROOT / "cftrain", "cfkernels
 # Bottom first. A name stands for the module or the whole package of that name.
 FLOORS = {
     "cfstore": [
-        {"errors", "types"},
+        {"errors", "types", "render"},
         {"names", "schema", "parsers.sources"},
         {"parsers.hdf5", "parsers.torch_file", "shards.records"},
         {"labels", "locks", "splits", "clinical", "runs", "synth"},
@@ -24,7 +24,7 @@ FLOORS = {
         {"convert", "catalog"},
         {"plan", "query", "cohort", "info", "reader", "tables"},
         {"ingest"},
-        {"store"},
+        {"store", "describe"},
         {""},
         {"cli"},
     ],

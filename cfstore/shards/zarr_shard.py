@@ -91,9 +91,7 @@ class ShardWriter:
 
     def _create(self, name: str, shape: tuple[int, int], chunk: int, dtype: str) -> zarr.Array[Any]:
         typesize = np.dtype(dtype).itemsize
-        blosc = BloscCodec(
-            cname="zstd", clevel=1, shuffle="shuffle", typesize=typesize, blocksize=_BLOCK_BYTES
-        )
+        blosc = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=typesize, blocksize=_BLOCK_BYTES)
         return self._group.create_array(
             name,
             shape=shape,

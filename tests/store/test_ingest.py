@@ -428,7 +428,9 @@ def test_slides_that_lack_a_scale_are_named_in_plan_and_info(tmp_path: Path, sto
     make_cohort(tmp_path / "uni", ("part",), scales=(20,))
     assert store.plan(tmp_path / "uni").incomplete == {"part": (5, 10)}
     store.ingest(tmp_path / "uni")
-    assert store.info().slides_missing_scale == [{"encoder": "uni", "slide_id": "part", "missing": [5, 10]}]
+    assert store.info().slides_missing_scale == [
+        {"cohort": "uni", "encoder": "uni", "slide_id": "part", "missing": [5, 10]}
+    ]
 
 
 def test_a_plan_writes_nothing(tmp_path: Path, store: Store, cohort: Cohort) -> None:

@@ -1,0 +1,97 @@
+"""What an ingest understood and did, in lines for people and as JSON for machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cfstore.ingest import IngestReport
+from cfstore.plan import IngestPlan, Problem
+from cfstore.render import human_bytes, some
+
+
+def describe_plan(plan: IngestPlan) -> Iterator[str]:
+    """What was understood of a folder."""
+    scales = ", ".join(f"{scale}x" for scale in plan.scales)
+    yield f"layout     {plan.layout}: scales {scales}"
+    yield "encoder    " + ", ".join(f"{name} (D={dim})" for name, dim in sorted(plan.dims.items()))
+    yield f"slides     {plan.n_slides} found, {plan.n_present} in the store already, {len(plan.jobs)} to write"
+    for note in plan.notes:
+        yield f"note       {note}"
+    if plan.incomplete:
+        listed = [f"{slide} (no {', '.join(f'{s}x' for s in lacking)})" for slide, lacking in plan.incomplete.items()]
+        yield f"incomplete {len(listed)} slides lack a scale: {some(listed)}"
+    yield from _describe_clinical(plan)
+    if plan.splits:
+        yield f"splits     {plan.splits}"
+    yield (
+        f"bytes      {human_bytes(plan.source_bytes)} to read, "
+        f"{human_bytes(plan.feature_bytes)} as {plan.dtype} before compression"
+    )
+
+
+def _describe_clinical(plan: IngestPlan) -> Iterator[str]:
+    if plan.clinical is None:
+        yield "clinical   no table found in the folder; add one later with `cfstore clinical FILE`"
+        return
+    table = plan.clinical
+    matched, total = plan.match_clinical()
+    yield f"clinical   {table.source} ({table.format})"
+    yield f"           {len(table.patients)} patients; {matched} of {total} slides matched"
+    for note in table.notes:
+        yield f"           {note}"
+
+
+def describe_report(report: IngestReport) -> Iterator[str]:
+    """What was written, and what was left out."""
+    if not report.n_slides and not report.problems:
+        yield f"done       nothing to write: all {report.n_present} slides are in the store already"
+        return
+    speed = report.source_bytes / max(report.seconds, 1e-9)
+    ratio = f", {report.stored_bytes / report.source_bytes:.2f} of the source" if report.source_bytes else ""
+    yield (
+        f"done       {report.n_slides} slides ({report.n_bags} bags) in {report.n_shards} shards: "
+        f"{human_bytes(report.source_bytes)} -> {human_bytes(report.stored_bytes)}{ratio}, "
+        f"{report.seconds:.1f} s, {human_bytes(speed)}/s"
+    )
+    for problem in report.problems:
+        yield f"left out   {problem.slide_id}: {problem.error}"
+
+
+def plan_json(plan: IngestPlan) -> dict[str, Any]:
+    """The plan as one JSON object."""
+    matched, _ = plan.match_clinical()
+    return {
+        "layout": plan.layout,
+        "scales": plan.scales,
+        "encoders": dict(plan.dims),
+        "n_slides": plan.n_slides,
+        "n_present": plan.n_present,
+        "n_to_write": len(plan.jobs),
+        "missing_scales": dict(plan.incomplete),
+        "clinical": str(plan.clinical.source) if plan.clinical else None,
+        "n_matched": matched,
+        "splits": str(plan.splits) if plan.splits else None,
+        "source_bytes": plan.source_bytes,
+        "feature_bytes": plan.feature_bytes,
+        "problems": [problem_json(problem) for problem in plan.problems],
+    }
+
+
+def problem_json(problem: Problem) -> dict[str, str]:
+    """One slide that cannot be ingested."""
+    return {
+        "slide_id": problem.slide_id,
+        "encoder": problem.encoder,
+        "source": problem.source,
+        "error": type(problem.error).__name__,
+        "message": str(problem.error),
+    }
+
+
+def report_json(plan: IngestPlan, report: IngestReport, store: Path) -> dict[str, Any]:
+    """Plan and report as one JSON object."""
+    done = asdict(report) | {"problems": [problem_json(problem) for problem in report.problems], "store": str(store)}
+    return {"plan": plan_json(plan), **done}
