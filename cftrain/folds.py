@@ -23,13 +23,13 @@ def _check(number: int, fold: Fold, train: tuple[CohortSlide, ...], val: tuple[C
     if shared:
         message = f"splits {name}, fold {number}: patients in both train and val: {', '.join(shared[:5])}"
         raise LeakageError(message)
-    for part, slides in (("train", train), ("val", val)):
-        if not any(slide.event for slide in slides):
-            message = (
-                f"splits {name}, fold {number}: {len(slides)} {part} slides with no observed death among them; "
-                "nothing can be learnt or measured. Make other folds with `cfstore splits --make`"
-            )
-            raise ConfigError(message)
+    if not any(slide.event for slide in train) or not val:
+        message = (
+            f"splits {name}, fold {number}: {len(train)} train slides with {sum(slide.event for slide in train)} "
+            f"observed deaths, {len(val)} val slides; a fold needs a death to learn from and a slide to measure on. "
+            "Make other folds with `cfstore splits --make`"
+        )
+        raise ConfigError(message)
 
 
 def fold_slides(cohort: Cohort, splits: SplitSet) -> list[FoldSlides]:
@@ -40,7 +40,7 @@ def fold_slides(cohort: Cohort, splits: SplitSet) -> list[FoldSlides]:
     LeakageError
         A patient in train and val of one fold.
     ConfigError
-        A part of a fold without an observed death.
+        A fold without an observed death in train, or without a slide in val.
     """
     folds = []
     for number, fold in sorted(splits.folds.items()):

@@ -69,9 +69,13 @@ def scores(slides: Sequence[CohortSlide], risk: Any) -> tuple[float, float]:
     return c_index(times, event, risk), c_index(patients.time_months, patients.event, patients.risk)
 
 
-def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: an undefined number becomes null."""
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: undefined numbers become null, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def last_epoch_rule(train: TrainConfig) -> str:
@@ -121,7 +125,7 @@ def _log_rank(results: Sequence[FoldResult]) -> dict[str, Any]:
     groups = np.concatenate(centred)
     split = log_rank_median_split(np.concatenate(times), np.concatenate(event), groups)
     return {
-        "p": None if math.isnan(split.p_value) else split.p_value,
+        "p": split.p_value,
         "n_high": int((groups > 0).sum()),
         "n_low": int((groups < 0).sum()),
         "split": "risk at or above the median of its fold",
@@ -130,9 +134,7 @@ def _log_rank(results: Sequence[FoldResult]) -> dict[str, Any]:
 
 
 def _metric(results: Sequence[FoldResult], value: Callable[[FoldResult], float], rule: str) -> dict[str, Any]:
-    found = dict(summarise([value(result) for result in results]))
-    folds = [None if math.isnan(fold) else fold for fold in found["folds"]]  # type: ignore[attr-defined]
-    return without_nan(found) | {"folds": folds, "rule": rule}
+    return {**summarise([value(result) for result in results]), "rule": rule}
 
 
 def _reference(data: RunData, results: Sequence[FoldResult]) -> dict[str, Any] | None:
@@ -156,24 +158,22 @@ def _reference(data: RunData, results: Sequence[FoldResult]) -> dict[str, Any] |
 def _fold_row(result: FoldResult) -> dict[str, Any]:
     slides, last, best = result.slides, result.last_epoch, result.best_epoch
     people = {slide.patient_id: slide.event for slide in slides.val}
-    return without_nan(
-        {
-            "fold": slides.number,
-            "epochs": len(result.epochs),
-            "best_epoch": best.epoch,
-            "n_train_slides": len(slides.train),
-            "n_val_slides": len(slides.val),
-            "n_val_patients": len(people),
-            "n_val_events": sum(people.values()),
-            "bin_edges": list(result.bins.edges),
-            "c_index": last.c_index,
-            "c_index_patient": last.c_index_patient,
-            "c_index_best_epoch": best.c_index,
-            "c_index_patient_best_epoch": best.c_index_patient,
-            "seconds": result.seconds,
-            "data_wait_seconds": result.work.wait_seconds,
-        }
-    )
+    return {
+        "fold": slides.number,
+        "epochs": len(result.epochs),
+        "best_epoch": best.epoch,
+        "n_train_slides": len(slides.train),
+        "n_val_slides": len(slides.val),
+        "n_val_patients": len(people),
+        "n_val_events": sum(people.values()),
+        "bin_edges": list(result.bins.edges),
+        "c_index": last.c_index,
+        "c_index_patient": last.c_index_patient,
+        "c_index_best_epoch": best.c_index,
+        "c_index_patient_best_epoch": best.c_index_patient,
+        "seconds": result.seconds,
+        "data_wait_seconds": result.work.wait_seconds,
+    }
 
 
 def write_summary(
@@ -189,7 +189,7 @@ def write_summary(
     honest, slides = last_epoch_rule(config.train), data.cohort.slides
     people = {slide.patient_id: slide.event for slide in slides}
     log_rank = _log_rank(results)
-    summary = {
+    summary: dict[str, Any] = {
         "cohort": data.cohort.name,
         "model": config.model.name,
         "encoder": data.cohort.encoder,
@@ -223,6 +223,7 @@ def write_summary(
         "bytes_read": sum(result.work.bytes_read for result in results),
         "data_wait_seconds": sum(result.work.wait_seconds for result in results),
     }
+    summary = without_nan(summary)
     text = json.dumps(summary, indent=2, allow_nan=False)
     temporary = out / ".summary.json"
     temporary.write_text(text + "\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from itertools import zip_longest
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,11 +20,13 @@ from cftrain.cli import main
 from cftrain.config import load_config
 from cftrain.errors import ConfigError, MissingScaleError, RunError
 from cftrain.experiment import Watcher, cross_validate
+from cftrain.report import write_report
 
 
 def configuration(small, **flags):
     return load_config(
-        flags={"data.cohort": "DEMO", **{k.replace("_", ".", 1): v for k, v in flags.items()}}, settings=small
+        flags={"data.cohort": "DEMO", **{k.replace("_", ".", 1): v for k, v in flags.items()}},
+        settings=small,
     )
 
 
@@ -171,6 +175,29 @@ def test_a_run_directory_with_files_in_it_is_left_alone(demo_store, small, tmp_p
 def test_a_device_that_is_not_here_is_refused(demo_store, small, tmp_path):
     with pytest.raises(ConfigError, match="not available here"):
         cross_validate(configuration(small), demo_store.path, tmp_path / "run", device="cuda:99")
+
+
+def test_a_fold_whose_c_index_is_undefined_is_printed_as_such_and_left_out_of_the_mean(demo_store, small, tmp_path):
+    alive = demo_store.sql("SELECT patient_id FROM patients WHERE NOT event ORDER BY 1").to_pylist()
+    folder = tmp_path / "undefined"
+    folder.mkdir()
+    others = demo_store.sql("SELECT patient_id FROM patients ORDER BY 1").to_pylist()
+    parts = [alive[:3], [row for row in others if row not in alive[:3]][:8]]
+    for k, val in enumerate(parts):
+        train = [row["patient_id"] for row in others if row not in val]
+        lines = [
+            f"{i},{a},{b}" for i, (a, b) in enumerate(zip_longest(train, [v["patient_id"] for v in val], fillvalue=""))
+        ]
+        (folder / f"splits_{k}.csv").write_text("\n".join([",train,val", *lines]) + "\n")
+    own = cfstore.open(shutil.copytree(demo_store.path, tmp_path / "store"))
+    own.import_splits(folder, "DEMO")
+    config = configuration(small, data_splits="undefined")
+    run = cross_validate(config, own.path, tmp_path / "run", device="cpu")
+    first, second = run.summary["c_index"]["folds"]
+    assert first is None
+    assert run.summary["c_index"]["mean"] == pytest.approx(second)
+    assert run.summary["c_index"]["n_undefined"] == 1
+    assert "n/a" in write_report(run.path).read_text()
 
 
 def test_patience_stops_early_and_the_rule_says_so(demo_store, small, tmp_path):
