@@ -189,3 +189,14 @@ def test_a_cohort_is_its_labelled_slides_with_all_scales_and_says_why_others_are
     assert [slide.slide_id for slide in store.cohort("uni", scales=[20]).slides] == ["a", "b", "d"]
     with pytest.raises(SlideNotFoundError, match=r"'LUAD' has no slides.*cohorts here: uni"):
         store.cohort("LUAD")
+
+
+def test_the_next_slides_are_read_while_the_caller_works_on_this_one(filled: Store) -> None:
+    reader = filled.reader("uni", [5, 10, 20], SLIDES)
+    stream = reader.stream(SLIDES, threads=2, ahead=2)
+    first = next(stream)
+    deadline = time.monotonic() + 30
+    while reader.bytes_read < 3 * first.nbytes // 2 and time.monotonic() < deadline:
+        time.sleep(0.01)  # the caller's work
+    assert reader.bytes_read > first.nbytes
+    stream.close()
