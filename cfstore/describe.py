@@ -56,6 +56,8 @@ def describe_report(report: IngestReport) -> Iterator[str]:
         f"{human_bytes(report.source_bytes)} -> {human_bytes(report.stored_bytes)}{ratio}, "
         f"{report.seconds:.1f} s, {human_bytes(speed)}/s"
     )
+    if report.n_without_coords:
+        yield f"note       {report.n_without_coords} of {report.n_bags} bags have no coordinates in their files"
     for problem in report.problems:
         yield f"left out   {problem.slide_id}: {problem.error}"
 

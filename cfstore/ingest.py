@@ -37,6 +37,7 @@ class IngestReport:
 
     n_slides: int
     n_bags: int
+    n_without_coords: int
     n_present: int
     n_shards: int
     problems: tuple[Problem, ...]
@@ -208,6 +209,7 @@ def run_ingest(
     return IngestReport(
         n_slides=sum(len(record.slides) for record in run.records),
         n_bags=len(bags),
+        n_without_coords=sum(not bag.has_coords for bag in bags),
         n_present=plan.n_present,
         n_shards=len(shards),
         problems=tuple(run.problems),

@@ -205,6 +205,8 @@ def discover(root: Path, *, encoder: str | None = None, scale: int | None = None
     sources = _prefer_h5(list(_sources(root, chosen, encoder, scale, unreadable)), notes)
     if encoder is None and any(source.encoder == _fallback_encoder(root) for source in sources):
         notes.append(f"encoder {_fallback_encoder(root)!r} is the folder's name; name it yourself with --encoder")
+    if any(next(folder.path.glob("*.index.npz"), None) for folder in chosen):
+        notes.append("slideflow's .index.npz files (tile centres) are not read: these bags come without coordinates")
     if not sources and not unreadable:
         message = f"{root}: no bag at a scale of {SCALES}: {'; '.join(notes)}"
         raise LayoutError(message)

@@ -6,6 +6,7 @@ Files are opened by torch's restricted unpickler only: a pickle that would run c
 from __future__ import annotations
 
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from cfstore.errors import MissingDatasetError, ShapeError, UnreadableFileError
 from cfstore.parsers.sources import BagHead, RawBag, bag_shape, check_float, level0_coords
 
 
-def _load(path: Path) -> tuple[Any, Any]:
+def _load(path: Path, *, rows: bool) -> tuple[Any, Any]:
+    """(features, coords); without `rows` the file is mapped, not read, where its format allows."""
     import torch  # 1 s to import: only where .pt files are read
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on storages is not for our users
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+            mapped = not rows and zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises whatever its zip and pickle layers raise
         found = (str(error) or repr(error)).splitlines()[0][:120]
         message = (
@@ -40,8 +43,8 @@ def _load(path: Path) -> tuple[Any, Any]:
 
 
 def head(path: Path) -> BagHead:
-    """Shape and dtype of the tensor (the whole file is read: the format has no index)."""
-    features, _ = _load(path)
+    """Shape and dtype of the tensor."""
+    features, _ = _load(path, rows=False)
     n_patches, dim = bag_shape(path, tuple(features.shape))
     dtype = str(features.dtype).removeprefix("torch.")
     check_float(path, dtype)
@@ -50,7 +53,7 @@ def head(path: Path) -> BagHead:
 
 def read(path: Path) -> RawBag:
     """All rows; bfloat16 and float8 become float32, which holds them exactly (NumPy has neither)."""
-    features, coords = _load(path)
+    features, coords = _load(path, rows=True)
     n_patches, dim = bag_shape(path, tuple(features.shape))
     dtype = str(features.dtype).removeprefix("torch.")
     check_float(path, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,6 +304,32 @@ def test_pt_without_coords_has_none(tmp_path: Path, store: Store, draw: Make) ->
     store.ingest(tmp_path / "e")
     assert store.slide("a").bags[20].coords is None
     assert store.sql("SELECT has_coords FROM bags").to_pylist() == [{"has_coords": False}]
+
+
+def test_the_head_of_a_pt_is_known_without_reading_its_rows(tmp_path: Path) -> None:
+    """400 MB of rows may not add 400 MB of memory: the file is mapped."""
+    save_pt(tmp_path / "a.pt", torch.zeros(100_000, 1024))
+    code = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from cfstore.parsers import torch_file\n"
+        "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = used()\n"
+        "head = torch_file.head(Path(sys.argv[1]))\n"
+        "print(head.n_patches, head.dim, (used() - before) // 1024)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    n_patches, dim, megabytes = map(int, done.stdout.split())
+    assert (n_patches, dim) == (100_000, 1024)
+    assert megabytes < 100
+
+
+def test_slideflow_centres_are_not_read_and_this_is_said(tmp_path: Path, draw: Make) -> None:
+    save_pt(tmp_path / "bags" / "a.pt", torch.from_numpy(draw()[0]))
+    np.savez(tmp_path / "bags" / "a.index.npz", np.zeros((7, 2)))
+    plan = cfstore.plan_ingest(tmp_path / "bags", IngestOptions(scale=20))
+    assert any("index.npz" in note and "without coordinates" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16])
