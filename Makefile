@@ -1,5 +1,5 @@
 # make demo   install into .venv and try everything on a synthetic cohort
-# make test   linters, types and the whole test suite
+# make test   linters, types and the fast tests; make test-all also the slow ones
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test test-all lint docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -34,6 +34,9 @@ lint: $(VENV)/.ready
 
 # one thread per worker: torch would otherwise start a full set of threads in each
 test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+
+test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 docs: $(VENV)/.ready

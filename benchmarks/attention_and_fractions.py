@@ -17,7 +17,8 @@ import torch
 from scipy.stats import spearmanr
 
 from cftrain.config import load_config
-from cftrain.data import Feed, load_data
+from cftrain.data import load_data
+from cftrain.feed import Feed
 from cftrain.fold_training import make_model
 from cftrain.loop import evaluate, train_epoch
 from cftrain.results import scores

@@ -34,6 +34,7 @@ from cfstore.reader import SlideReader
 from cfstore.splits import Fold, SplitSet, make_folds
 from cfstore.store import IngestOptions, Store, plan_ingest
 from cfstore.store import open_store as open  # noqa: A004 - `cfstore.open(path)` is the contract
+from cfstore.tar_store import open_tars
 from cfstore.types import SCALES, Bag, SlideBags
 
 __all__ = [
@@ -68,5 +69,6 @@ __all__ = [
     "UnreadableFileError",
     "make_folds",
     "open",
+    "open_tars",
     "plan_ingest",
 ]

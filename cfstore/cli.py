@@ -18,6 +18,7 @@ from cfstore.render import human_bytes, plain, text_table
 
 F = TypeVar("F", bound=Callable[..., Any])
 _QUIET_SECONDS = 2.0
+_CODECS = ("none", "blosc-zstd", "blosc-zstd-bitshuffle", "blosc-lz4", "blosc-lz4-bitshuffle", "zstd")
 
 
 class _Group(click.Group):
@@ -69,7 +70,27 @@ def main() -> None:
 @click.option(
     "--splits", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of splits_<k>.csv."
 )
-@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["zarr", "webdataset"]),
+    default="zarr",
+    show_default=True,
+    help="Of the shards: Zarr v3 groups, or uncompressed tars.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "float16-rounded", "float32", "int8"]),
+    default="float16",
+    show_default=True,
+    help="Stored precision; the error is measured. float16-rounded keeps bfloat16's.",
+)
+@click.option(
+    "--codec",
+    type=click.Choice(_CODECS),
+    help="Compression of the features [default: blosc-zstd; int8 and tars: none].",
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes [default: one per core, where there is work].")
 @click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),
@@ -87,7 +108,10 @@ def ingest(
     scale: str | None,
     clinical: Path | None,
     splits: Path | None,
+    form: Any,
     dtype: Any,
+    codec: str | None,
+    jobs: int | None,
     on_error: Any,
     dry_run: bool,
     store: Path,
@@ -112,13 +136,16 @@ def ingest(
         clinical=clinical,
         splits=splits,
         dtype=dtype,
+        codec=codec,
+        format=form,
     )
+    options.chosen_codec()
     exists = (store / "store.json").exists()
     opened = open_store(store, create=True) if exists or not dry_run else None
     with _progress("looking at files", "files") as step:
         plan = plan_ingest(h5dir, options, opened, step)
     say = _printer(as_json)
-    for line in describe_plan(plan):
+    for line in describe_plan(plan, store):
         say(line)
     if dry_run or opened is None:
         for problem in plan.problems:
@@ -127,7 +154,7 @@ def ingest(
             _print_json(plan_json(plan))
         sys.exit(1 if plan.problems and on_error == "stop" else 0)
     with _progress("writing", "slides") as step:
-        report = opened.ingest(h5dir, options, plan=plan, on_error=on_error, progress=step)
+        report = opened.ingest(h5dir, options, plan=plan, on_error=on_error, jobs=jobs, progress=step)
     for line in describe_report(report):
         say(line)
     for row in opened.info().cohorts:
@@ -384,6 +411,242 @@ def synth(directory: Path, slides: int, patches: int, dim: int, seed: int, as_js
         f"C-index of the planted risk {made.c_index_oracle:.3f}; "
         f"of the best single-scale predictor {made.c_index_best_single_scale:.3f}"
     )
+
+
+# -- keeping -------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--deep", is_flag=True, help="Also compare every value with the source files, within the recorded error.")
+@click.option("--threads", type=click.IntRange(min=1), help="Slides checked at once [default: one per core].")
+@_store_option
+@_json_option
+def verify(deep: bool, threads: int | None, store: Path, as_json: bool) -> None:
+    """Check that catalog, shards and every stored byte are what was written.
+
+    Names every slide that is damaged, and what to do; exit code 1 if there is one.
+
+    \b
+    Example:
+        cfstore verify
+        cfstore verify --deep
+    """
+    from cfstore.describe import describe_verify
+    from cfstore.store import open_store
+
+    with _progress("verifying", "slides") as step:
+        report = open_store(store).verify(deep=deep, threads=threads, progress=step)
+    say = _printer(as_json)
+    for line in describe_verify(report):
+        say(line)
+    if as_json:
+        _print_json(asdict(report))
+    sys.exit(1 if report.findings else 0)
+
+
+@main.command()
+@_store_option
+@_json_option
+def reindex(store: Path, as_json: bool) -> None:
+    """Make the catalog anew from the shards and imported tables alone.
+
+    \b
+    Example:
+        cfstore reindex
+    """
+    from cfstore.store import open_store
+
+    report = open_store(store).reindex()
+    say = _printer(as_json)
+    say(f"reindexed  {report.n_shards} shards, {report.n_slides} slides ({report.n_bags} bags)")
+    for shard in report.gone:
+        say(f"gone       {shard}: was in the catalog, is not on disk; restore it, or ingest its slides again")
+    if as_json:
+        _print_json(asdict(report))
+
+
+@main.command()
+@click.argument("slides", nargs=-1, required=True, metavar="SLIDE...")
+@click.option("--encoder", metavar="NAME", help="Only what this encoder made of them [default: all].")
+@_store_option
+@_json_option
+def rm(slides: tuple[str, ...], encoder: str | None, store: Path, as_json: bool) -> None:
+    """Take slides out of the store. `cfstore compact` frees their space.
+
+    \b
+    Example:
+        cfstore rm TCGA-02-0047-01Z-00-DX1.4755D138-5842-4159-848C-4248D6D53DE0
+        cfstore rm slide1 slide2 --encoder uni
+    """
+    from cfstore.names import strip_suffixes
+    from cfstore.store import open_store
+
+    slide_ids = list(dict.fromkeys(strip_suffixes(slide) for slide in slides))
+    n_bags = open_store(store).remove(slide_ids, encoder)
+    say = _printer(as_json)
+    for slide_id in slide_ids:
+        say(f"removed    {slide_id}")
+    say(f"done       {len(slide_ids)} slides ({n_bags} bags) removed; `cfstore compact` frees their space")
+    if as_json:
+        _print_json({"slides": slide_ids, "encoder": encoder, "n_bags": n_bags})
+
+
+@main.command()
+@_store_option
+@_json_option
+def compact(store: Path, as_json: bool) -> None:
+    """Free the space of removed slides, and put small shards together.
+
+    Every slide is checked against its digest while it is copied.
+
+    \b
+    Example:
+        cfstore compact
+    """
+    from cfstore.describe import describe_compact
+    from cfstore.store import open_store
+
+    with _progress("compacting", "slides") as step:
+        report = open_store(store).compact(step)
+    _printer(as_json)(describe_compact(report))
+    if as_json:
+        _print_json(asdict(report))
+
+
+# -- files and numbers out -----------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["webdataset", "h5"]),
+    default="webdataset",
+    show_default=True,
+    help="Tars with a sample per slide, or CLAM's x20/h5_files/*.h5 in float32.",
+)
+@click.option("--where", metavar="SQL", help="Only slides for which this condition over slides and patients holds.")
+@click.option("--cohort", metavar="NAME", help="Only slides of this cohort.")
+@click.option("--encoder", metavar="NAME", help="Encoder of the features [default: the only one].")
+@click.option("--shard-slides", type=click.IntRange(min=1), default=64, show_default=True, help="Most slides in a tar.")
+@_store_option
+@_json_option
+def export(
+    directory: Path,
+    form: Any,
+    where: str | None,
+    cohort: str | None,
+    encoder: str | None,
+    shard_slides: int,
+    store: Path,
+    as_json: bool,
+) -> None:
+    """Write slides with their labels into a new folder, for other programs or another machine.
+
+    WebDataset tars hold .npy members and a .json with labels and folds; `cftrain run --shards`
+    trains on them without a store. HDF5 folders have clinical.csv beside them.
+
+    \b
+    Example:
+        cfstore export shards/ --where "cohort = 'GBMLGG' AND age > 40"
+        cfstore export h5/ --format h5 --cohort BLCA --encoder uni
+    """
+    from cfstore.store import open_store
+
+    with _progress("writing", "slides") as step:
+        done = open_store(store).export(
+            directory,
+            format=form,
+            where=where,
+            cohort=cohort,
+            encoder=encoder,
+            shard_slides=shard_slides,
+            progress=step,
+        )
+    if as_json:
+        _print_json(asdict(done))
+        return
+    click.echo(
+        f"{directory}: {done.n_slides} slides ({done.n_bags} bags of {done.encoder}) in {done.n_files} files, "
+        f"{human_bytes(done.bytes)}, {done.seconds:.1f} s; {done.n_without_label} slides without a label"
+    )
+
+
+@main.group()
+def bench() -> None:
+    """Measure on your own data.
+
+    \b
+    Example:
+        cfstore bench codecs h5dir/
+    """
+
+
+@bench.command("codecs")
+@click.argument("path", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--encoder", metavar="NAME", help="Encoder of the features, where there are several.")
+@click.option("--scale", type=click.Choice(["5", "10", "20"]), help="Scale of PATH, where nothing says.")
+@click.option("--mb", type=click.IntRange(min=1), default=64, show_default=True, help="Megabytes of rows to take.")
+@click.option("--threads", type=click.IntRange(min=1), help="For the last decode column [default: one per core].")
+@_store_option
+@_json_option
+def bench_codecs(
+    path: Path | None,
+    encoder: str | None,
+    scale: str | None,
+    mb: int,
+    threads: int | None,
+    store: Path,
+    as_json: bool,
+) -> None:
+    """Compare precisions and codecs on your features: those of the folder PATH, else of the store.
+
+    Ratio is stored / source bytes. Convert (to the precision) and encode are one thread's, per
+    source byte; decode is per decoded byte, without reading from disk. `*` marks the default codec.
+
+    \b
+    Example:
+        cfstore bench codecs h5dir/
+        cfstore bench codecs --store cfstore-data --threads 8 --json
+    """
+    from cfstore import bench as library
+
+    nbytes = mb * 1_000_000
+    if path is not None:
+        rows = library.rows_of_folder(path, scale=int(scale) if scale else None, encoder=encoder, max_bytes=nbytes)
+    else:
+        rows = library.rows_of_store(store, encoder=encoder, max_bytes=nbytes)
+    with _progress("measuring", "runs") as step:
+        found = library.bench_codecs(rows, threads=threads, progress=step)
+    if as_json:
+        _print_json(asdict(found))
+        return
+    machine = found.machine
+    click.echo(
+        f"{found.n_bags} bags, {found.n_patches} patches x {found.dim} of {found.source_dtype}: "
+        f"{human_bytes(found.source_bytes)}; medians of {found.repetitions}\n"
+        f"{machine['processor']}, {machine['cores']} cores; numpy {machine['numpy']}, "
+        f"numcodecs {machine['numcodecs']}\n"
+    )
+    _echo_rows(
+        [
+            {
+                "dtype": row.dtype,
+                "codec": row.codec + (" *" if row.default else ""),
+                "ratio": round(row.ratio, 3),
+                "convert MB/s": round(row.convert_mb_s),
+                "encode MB/s": round(row.encode_mb_s),
+                "decode GB/s": round(row.decode_gb_s, 2),
+                f"x{found.threads} threads": round(row.decode_gb_s_threads, 2),
+                "max error": float(f"{row.max_abs_error:.2e}"),
+                "rms error": float(f"{row.rms_relative_error:.2e}"),
+            }
+            for row in found.rows
+        ]
+    )
+    for dtype, reason in found.refused.items():
+        click.echo(f"{dtype}: {reason}")
 
 
 # -- printing ------------------------------------------------------------------------------------

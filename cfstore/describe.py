@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 from cfstore.ingest import IngestReport
 from cfstore.plan import IngestPlan, Problem
+from cfstore.removal import CompactReport
 from cfstore.render import human_bytes, some
+from cfstore.verify import VerifyReport
 
 
-def describe_plan(plan: IngestPlan) -> Iterator[str]:
-    """What was understood of a folder."""
+def describe_plan(plan: IngestPlan, store: Path) -> Iterator[str]:
+    """What was understood of a folder, and what it would take in `store`, which need not exist yet."""
     scales = ", ".join(f"{scale}x" for scale in plan.scales)
     yield f"layout     {plan.layout}: scales {scales}"
     yield "encoder    " + ", ".join(f"{name} (D={dim})" for name, dim in sorted(plan.dims.items()))
@@ -29,6 +32,10 @@ def describe_plan(plan: IngestPlan) -> Iterator[str]:
     yield (
         f"bytes      {human_bytes(plan.source_bytes)} to read, "
         f"{human_bytes(plan.feature_bytes)} as {plan.dtype} before compression"
+    )
+    free = disk_usage(next(folder for folder in (store, *store.absolute().parents) if folder.exists())).free
+    yield f"disk       {human_bytes(free)} free" + (
+        ": this may not be enough; free space, or name a --store elsewhere" if free < plan.feature_bytes else ""
     )
 
 
@@ -58,8 +65,35 @@ def describe_report(report: IngestReport) -> Iterator[str]:
     )
     if report.n_without_coords:
         yield f"note       {report.n_without_coords} of {report.n_bags} bags have no coordinates in their files"
+    if report.problems:
+        yield f"errors     {len({problem.slide_id for problem in report.problems})} slides left out:"
     for problem in report.problems:
         yield f"left out   {problem.slide_id}: {problem.error}"
+
+
+def describe_verify(report: VerifyReport) -> Iterator[str]:
+    """What is wrong, a line each, and what was looked at."""
+    for finding in report.findings:
+        of = f"{finding.slide_id} in {finding.shard}" if finding.slide_id else finding.shard
+        yield f"damaged    {of}: {finding.message}"
+    speed = report.decoded_bytes / max(report.seconds, 1e-9)
+    wrong = {finding.slide_id for finding in report.findings}
+    yield (
+        f"verified   {report.n_shards} shards, {report.n_slides} slides ({report.n_bags} bags), "
+        f"{human_bytes(report.decoded_bytes)} of features, {report.seconds:.1f} s, {speed / 1e9:.2f} GB/s: "
+        + (f"{len(report.findings)} findings, {len(wrong - {None})} slides" if wrong else "all as it was written")
+    )
+    if report.n_without_source:
+        yield f"note       {report.n_without_source} bags could not be compared: their source files are gone"
+
+
+def describe_compact(report: CompactReport) -> str:
+    """What a compaction did, in one line."""
+    return (
+        f"compacted  {report.n_shards_before} shards -> {report.n_shards_after}, "
+        f"{human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)}; "
+        f"{report.n_slides_rewritten} slides rewritten"
+    )
 
 
 def plan_json(plan: IngestPlan) -> dict[str, Any]:

@@ -3,7 +3,9 @@
     StoreError
     ├── StoreNotFoundError        no store at this path
     ├── StoreFormatError          the directory is not a store this version reads
+    │   └── DamagedShardError     bytes of a shard are not what was written
     ├── StoreBusyError            another process holds the write lock
+    ├── StoreWriteError           the disk is full, read-only, or fails (also OSError)
     ├── SlideNotFoundError        no such slide, scale, encoder or cohort (also KeyError)
     ├── QueryError                SQL that is refused or fails (also ValueError)
     └── SourceError               an input file or folder is not usable (also ValueError)
@@ -38,8 +40,16 @@ class StoreFormatError(StoreError):
     """The directory is not a store, or one of a format this version does not read."""
 
 
+class DamagedShardError(StoreFormatError):
+    """Bytes of a shard are not what was written: changed, cut short, or missing."""
+
+
 class StoreBusyError(StoreError):
     """Another process is registering in this store and did not finish in time."""
+
+
+class StoreWriteError(StoreError, OSError):
+    """The store cannot be written: the disk is full, read-only, or fails. What was committed stays."""
 
 
 class SlideNotFoundError(StoreError, KeyError):

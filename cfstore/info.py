@@ -66,8 +66,9 @@ def _labels_without_slide(connection: duckdb.DuckDBPyConnection, root: Path) -> 
 def read_info(root: Path) -> StoreInfo:
     """Gather everything `cfstore info` shows."""
     header = read_header(root)
-    files = (root / FEATURES_DIR).rglob("*")
+    files = set((root / FEATURES_DIR).rglob("*"))
     with connect(root) as connection:
+        files |= {root / shard for (shard,) in connection.execute("SELECT shard FROM internal.shards").fetchall()}
         return StoreInfo(
             path=str(root),
             uuid=header.uuid,

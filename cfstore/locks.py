@@ -11,11 +11,11 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from cfstore.errors import StoreBusyError, StoreError
+from cfstore.errors import StoreBusyError, StoreError, StoreWriteError
 from cfstore.schema import LOCK_FILE
 
 _POLL_SECONDS: Final = 0.05
@@ -38,14 +38,14 @@ def write_lock(root: Path, timeout: float = 60.0) -> Iterator[None]:
     ------
     StoreBusyError
         Another process held it for `timeout` seconds.
-    StoreError
-        The store's folder cannot be written to.
+    StoreWriteError
+        The store's folder cannot be written to, or the disk fails while the lock is held.
     """
     try:
         handle = os.open(root / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         message = f"{root}: cannot write to the store ({error.strerror}); check its permissions or name another --store"
-        raise StoreError(message) from error
+        raise StoreWriteError(message) from error
     try:
         deadline = time.monotonic() + timeout
         while not try_lock(handle):
@@ -55,9 +55,25 @@ def write_lock(root: Path, timeout: float = 60.0) -> Iterator[None]:
                 )
                 raise StoreBusyError(message)
             time.sleep(_POLL_SECONDS)
-        yield
+        with disk_errors(root):
+            yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def disk_errors(root: Path) -> Iterator[None]:
+    """Raise what the disk says while the store is written as StoreWriteError, with what to do."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        message = (
+            f"{root}: cannot be written ({error.strerror or error}); what was committed is whole: "
+            "free space or mend permissions, then run this again, it goes on where it stopped"
+        )
+        raise StoreWriteError(message) from error
 
 
 @contextmanager
@@ -68,15 +84,15 @@ def _holding(handle: int) -> Iterator[None]:
         os.close(handle)
 
 
-def hold_folder(folder: Path) -> AbstractContextManager[None]:
-    """Lock `folder` now, until the returned context ends: `sweep` leaves it alone meanwhile."""
-    handle = os.open(folder, os.O_RDONLY)
+def hold(path: Path) -> AbstractContextManager[None]:
+    """Lock a file or folder now, until the returned context ends: `sweep` leaves it alone meanwhile."""
+    handle = os.open(path, os.O_RDONLY)
     try_lock(handle)
     return _holding(handle)
 
 
 def sweep(folder: Path, prefix: str) -> int:
-    """Remove what writers that died left behind: folders named `prefix`* that nobody has locked."""
+    """Remove what writers that died left behind: files and folders named `prefix`* that nobody has locked."""
     removed = 0
     for leftover in sorted(folder.glob(f"{prefix}*")):
         try:
@@ -85,8 +101,18 @@ def sweep(folder: Path, prefix: str) -> int:
             continue  # its writer was faster
         try:
             if try_lock(handle):
-                shutil.rmtree(leftover)
+                discard(leftover)
                 removed += 1
         finally:
             os.close(handle)
     return removed
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder, whichever it is."""
+    if path.is_dir() and not path.is_symlink():
+        while path.exists():
+            with suppress(FileNotFoundError):  # somebody else removes it too
+                shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

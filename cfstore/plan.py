@@ -11,14 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from cfstore.clinical import ClinicalTable, looks_clinical, read_clinical
-from cfstore.convert import digest_of_source
+from cfstore.convert import ARRAY_DTYPE, BagConverter
 from cfstore.errors import ClinicalError, DuplicateBagError, ShapeError, SourceError, UnreadableFileError
 from cfstore.labels import CohortLabels, collect
 from cfstore.names import tcga_patient_id
-from cfstore.parsers import BagHead, BagSource, discover, read_head
+from cfstore.parsers import BagHead, BagSource, discover, open_bag, read_head
 from cfstore.schema import check_name
 from cfstore.splits import find_split_files, read_splits
+from cfstore.types import Affine
 
 Progress = Callable[[int, int], None]
 Key = tuple[str, int, str]  # slide_id, scale, encoder
@@ -50,7 +53,7 @@ class SlideJob:
 
 @dataclass(frozen=True)
 class HeldBag:
-    """What the store already has of a bag."""
+    """What the store already has of a bag; `affine` reads its scale and zero, of int8."""
 
     digest: str
     dtype: str
@@ -58,6 +61,7 @@ class HeldBag:
     source: str
     source_bytes: int
     source_mtime_ns: int
+    affine: Callable[[], Affine | None]
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class IngestPlan:
     @property
     def feature_bytes(self) -> int:
         """Decoded bytes that would be stored, before compression."""
-        size = 2 if self.dtype == "float16" else 4
+        size = np.dtype(ARRAY_DTYPE[self.dtype]).itemsize
         return sum(job.n_rows * self.dims[job.encoder] * size for job in self.jobs)
 
 
@@ -214,12 +218,21 @@ def _check_dim(source: BagSource, head: BagHead, dim: int) -> None:
         raise ShapeError(message)
 
 
+def _digest(source: BagSource, held: HeldBag) -> str:
+    """The digest that the store would record for this file."""
+    converter = BagConverter(source.path, held.dtype, held.dim, held.affine())
+    with open_bag(source) as bag:
+        for rows in bag.blocks():
+            converter.convert(rows)
+        return converter.finish(bag.coords()).digest
+
+
 def _check_unchanged(source: BagSource, bag: HeldBag) -> None:
     """The source is what the store holds; content is compared only where size or time differ."""
     stat = source.path.stat()
     if (stat.st_size, stat.st_mtime_ns) == (bag.source_bytes, bag.source_mtime_ns):
         return
-    if digest_of_source(source, bag.dtype) != bag.digest:
+    if _digest(source, bag) != bag.digest:
         message = (
             f"{source.path}: slide {source.slide_id} at {source.scale}x is in the store with other content "
             f"(from {bag.source}); "

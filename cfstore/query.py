@@ -30,7 +30,8 @@ def run_query(root: Path, query: str, extra: Mapping[str, pa.Table] | None = Non
     QueryError
         More than one statement, anything but a read, anything outside the store, or SQL that fails.
     """
-    connect(root).close()  # names what is wrong with the catalog, if anything is
+    with connect(root):
+        pass  # names what is wrong with the catalog, if anything is
     with duckdb.connect(":memory:", config={"python_enable_replacements": "false"}) as connection:
         connection.execute(f"ATTACH {sql_string(root / CATALOG_FILE)} AS store (READ_ONLY)")
         for name, rows in (extra or {}).items():

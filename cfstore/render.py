@@ -11,12 +11,12 @@ SHOWN: Final = 5  # names listed before "and N more"
 
 
 def plain(value: Any) -> Any:
-    """JSON has no NaN, no dates and no 128-bit integers."""
+    """JSON has no NaN, no infinity, no dates and no 128-bit integers."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if isinstance(value, float) and math.isnan(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)

@@ -5,7 +5,8 @@
   catalog.duckdb                       the index: disposable, rebuilt from what lies beside it
   catalog.parquet                      one row per bag with its patient: the snapshot other tools read
   features/<encoder>/<shard>.zarr/     immutable Zarr v3 shards
-  tables/*.parquet                     patients, slide labels, splits, as imported; skipped slides
+  features/<encoder>/<shard>.tar       or WebDataset shards
+  tables/*.parquet                     patients, slide labels, splits, as imported; skipped and removed slides
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Final
 
 from cfstore.errors import SourceError, StoreFormatError, StoreNotFoundError
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 STORE_FILE: Final = "store.json"
 CATALOG_FILE: Final = "catalog.duckdb"
@@ -29,6 +30,7 @@ SNAPSHOT_FILE: Final = "catalog.parquet"
 LOCK_FILE: Final = ".lock"
 FEATURES_DIR: Final = "features"
 TABLES_DIR: Final = "tables"
+REMOVED_FILE: Final = "removed.parquet"
 
 Columns = tuple[tuple[str, str, str], ...]
 
@@ -38,11 +40,14 @@ BAGS: Final[Columns] = (
     ("encoder", "VARCHAR", "the patch network that made the features"),
     ("n_patches", "BIGINT", "patches in the bag (rows)"),
     ("dim", "INTEGER", "feature dimension D"),
-    ("dtype", "VARCHAR", "stored precision: float16 or float32"),
+    ("dtype", "VARCHAR", "stored precision: float16, float16-rounded (to bfloat16's), float32 or int8"),
+    ("codec", "VARCHAR", "compression of the features"),
     ("bytes", "BIGINT", "decoded feature bytes: n_patches x dim x item size"),
-    ("shard", "VARCHAR", "shard directory, relative to the store"),
-    ("row_start", "BIGINT", "first row of the bag in the shard's arrays"),
-    ("digest", "VARCHAR", "sha256 of the stored rows: features, then coords"),
+    ("shard", "VARCHAR", "shard, relative to the store: a Zarr group (.zarr) or a WebDataset tar (.tar)"),
+    ("row_start", "BIGINT", "first row of the bag in the shard's arrays; null in a tar"),
+    ("byte_start", "BIGINT", "where the stored features of the bag begin, in their file"),
+    ("byte_length", "BIGINT", "stored bytes of its features (a compressed chunk shared by two scales counts for both)"),
+    ("digest", "VARCHAR", "xxh3-128 of the stored rows: features, then coords (int8: scale and zero first)"),
     ("has_coords", "BOOLEAN", "whether the source gave coordinates"),
     ("source", "VARCHAR", "file the bag was read from"),
     ("source_bytes", "BIGINT", "size of that file"),
@@ -106,6 +111,19 @@ def check_name(kind: str, name: str, option: str) -> str:
     return name
 
 
+def check_version(what: str, version: object) -> None:
+    """Raise StoreFormatError unless `version` is the format this code reads."""
+    if not isinstance(version, int):
+        message = f"{what}: not of a store (format_version {version!r}); restore it or use a new --store"
+        raise StoreFormatError(message)
+    if version > FORMAT_VERSION:
+        message = f"{what}: store format {version}, this version reads {FORMAT_VERSION}; upgrade crossfusion-store"
+        raise StoreFormatError(message)
+    if version < FORMAT_VERSION:
+        message = f"{what}: store format {version}, this version reads {FORMAT_VERSION}; ingest into a new --store"
+        raise StoreFormatError(message)
+
+
 @dataclass(frozen=True)
 class StoreHeader:
     """What store.json says."""
@@ -129,13 +147,19 @@ def create_header(root: Path) -> StoreHeader:
         }
     )
     temporary = root / f".{STORE_FILE}.{header.uuid}"
-    temporary.write_text(text + "\n")
+    with temporary.open("w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     try:
         os.link(temporary, root / STORE_FILE)  # fails if another process created the store first
     except FileExistsError:
         return read_header(root)
     finally:
         temporary.unlink()
+        handle = os.open(root, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
     return header
 
 
@@ -161,12 +185,5 @@ def read_header(root: Path) -> StoreHeader:
     except (ValueError, KeyError, TypeError) as error:
         message = f"{path}: not a store header ({error}); restore the file or ingest into a new --store"
         raise StoreFormatError(message) from error
-    if not isinstance(version, int):
-        message = f"{path}: not a store header (format_version {version!r}); restore the file or use a new --store"
-        raise StoreFormatError(message)
-    if version > FORMAT_VERSION:
-        message = (
-            f"{root}: store format {version}, this version reads up to {FORMAT_VERSION}; upgrade crossfusion-store"
-        )
-        raise StoreFormatError(message)
+    check_version(str(root), version)
     return StoreHeader(uuid=store_uuid, created=created, format_version=version)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pyarrow as pa
 
 from cfstore import catalog, tables
 from cfstore.clinical import ClinicalTable, read_clinical
+from cfstore.codecs import DEFAULT_CODEC, get_codec
 from cfstore.cohort import Cohort, choose_encoder, encoders_of, read_cohort, read_split_set, split_names
-from cfstore.convert import Dtype
+from cfstore.convert import ARRAY_DTYPE, Dtype
 from cfstore.errors import (
     ClinicalError,
     SlideNotFoundError,
@@ -21,17 +23,24 @@ from cfstore.errors import (
     StoreError,
     StoreNotFoundError,
 )
+from cfstore.export import ExportFormat, ExportReport, export
 from cfstore.info import StoreInfo, read_info, read_slide_rows
-from cfstore.ingest import IngestReport, OnError, prepare, run_ingest
+from cfstore.ingest import SLIDES_PER_SHARD, IngestReport, prepare, run_ingest
 from cfstore.labels import CohortLabels
 from cfstore.locks import write_lock
 from cfstore.names import tcga_patient_id
 from cfstore.plan import HeldBag, IngestPlan, Key, Progress, make_plan
 from cfstore.query import run_query
 from cfstore.reader import SlideReader
+from cfstore.removal import CompactReport, ReindexReport, compact, reindex, remove_slides
+from cfstore.ring import Allocate, page_aligned
 from cfstore.schema import FEATURES_DIR, STORE_FILE, TABLES_DIR, check_name, create_header, read_header
+from cfstore.selection import shard_order
+from cfstore.shard_job import OnError
+from cfstore.shards import Format
 from cfstore.splits import SplitSet, make_folds, read_splits
-from cfstore.types import SCALES, SlideBags
+from cfstore.types import SCALES, Affine, SlideBags
+from cfstore.verify import VerifyReport, verify
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,13 @@ class IngestOptions:
     clinical, splits
         Clinical table, and folder of `splits_<k>.csv`; by default those lying in the folder.
     dtype
-        Stored precision. float16 halves the bytes at a relative error of about 2e-4, which is
-        measured and recorded for every bag.
+        Stored precision; its error is measured and recorded for every bag. float16 halves the
+        bytes at a relative error of about 2e-4; float16-rounded keeps bfloat16's precision,
+        which compresses better; int8 has a scale and zero per slide and channel.
+    codec
+        Compression of the features, one of `cfstore.codecs.CODECS`; None: what suits `dtype`.
+    format
+        Of the shards: "zarr", or "webdataset" (tars, never compressed).
     """
 
     cohort: str | None = None
@@ -58,14 +72,31 @@ class IngestOptions:
     clinical: Path | None = None
     splits: Path | None = None
     dtype: Dtype = "float16"
+    codec: str | None = None
+    format: Format = "zarr"
+
+    def chosen_codec(self) -> str:
+        """The codec; SourceError where there is no such one, or a tar should be compressed."""
+        if self.format == "webdataset":
+            if self.codec not in (None, "none"):
+                message = f"--codec {self.codec}: tars of --format webdataset are not compressed; leave --codec out"
+                raise SourceError(message)
+            return "none"
+        return get_codec(self.codec or DEFAULT_CODEC[self.dtype], ARRAY_DTYPE[self.dtype]).name
 
 
 class Store:
     """A feature store. Use `cfstore.open(path)`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, of_tars: bool = False) -> None:
         self.path = path
         self.header = read_header(path)
+        self._of_tars = of_tars  # an index of tars that lie elsewhere: see `cfstore.open_tars`
+
+    def _check_own(self) -> None:
+        if self._of_tars:
+            message = "tars opened by themselves are only read; `cfstore ingest` makes a store, which can do this"
+            raise StoreError(message)
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -80,7 +111,7 @@ class Store:
         return run_query(self.path, query, extra)
 
     def slide(self, slide_id: str, encoder: str | None = None) -> SlideBags:
-        """All bags of one slide: `store.slide("...").bags[20].features` is [N, D].
+        """All bags of one slide: `store.slide("...").bags[20].features` is [N, D] float.
 
         Raises
         ------
@@ -97,7 +128,7 @@ class Store:
             )
             raise SlideNotFoundError(message)
         name = encoder or next(iter(held))
-        return self.reader(name, sorted(held[name]), [slide_id], with_coords=True).read(slide_id)
+        return self.reader(name, sorted(held[name]), [slide_id], with_coords=True).read(slide_id).dequantised()
 
     def slide_rows(self, slide_id: str) -> dict[str, Any]:
         """What the catalog says of one slide: {"slide": {...}, "patient": {...} or None, "bags": [{...}]}.
@@ -115,23 +146,45 @@ class Store:
         scales: Sequence[int],
         slide_ids: Sequence[str],
         *,
-        cache_bytes: int = 0,
         with_coords: bool = False,
+        allocate: Allocate = page_aligned,
     ) -> SlideReader:
         """A reader of many slides; see `SlideReader`."""
-        return SlideReader(self.path, encoder, scales, slide_ids, cache_bytes=cache_bytes, with_coords=with_coords)
+        return SlideReader(
+            self.path,
+            encoder,
+            scales,
+            slide_ids,
+            with_coords=with_coords,
+            allocate=allocate,
+        )
 
-    def cohort(self, name: str, *, encoder: str | None = None, scales: Sequence[int] = SCALES) -> Cohort:
-        """Labelled slides of a cohort that have every one of `scales`, and what was left out."""
-        return read_cohort(self.path, name, encoder, scales)
+    def cohort(
+        self,
+        name: str | None,
+        *,
+        encoder: str | None = None,
+        scales: Sequence[int] = SCALES,
+        where: str | None = None,
+    ) -> Cohort:
+        """Labelled slides that have every one of `scales`, and what was left out.
 
-    def encoders_of(self, cohort: str) -> dict[str, tuple[int, ...]]:
-        """Encoders of a cohort, and the scales each has."""
-        return encoders_of(self.path, cohort)
+        Of the cohort `name`, or of all; and of those the ones for which the SQL condition `where`
+        holds, as in "cohort = 'GBMLGG' AND age > 40". See `cfstore.cohort.read_cohort`.
+        """
+        return read_cohort(self.path, name, encoder, scales, where)
 
-    def choose_encoder(self, cohort: str, encoder: str | None = None) -> str:
+    def encoders_of(self, cohort: str | None, where: str | None = None) -> dict[str, tuple[int, ...]]:
+        """Encoders of a cohort (or of slides for which `where` holds), and the scales each has."""
+        return encoders_of(self.path, cohort, where)
+
+    def choose_encoder(self, cohort: str | None, encoder: str | None = None, where: str | None = None) -> str:
         """`encoder` if the cohort has it, or its only one; SlideNotFoundError lists what there is."""
-        return choose_encoder(self.path, cohort, encoder)
+        return choose_encoder(self.path, cohort, encoder, where)
+
+    def shard_order(self, encoder: str, slide_ids: Sequence[str]) -> list[list[str]]:
+        """The slides of each shard, in the order of its file: reading them so is reading sequentially."""
+        return shard_order(self.path, encoder, slide_ids)
 
     def split_names(self, cohort: str) -> list[str]:
         """Names of the split sets of a cohort."""
@@ -140,6 +193,29 @@ class Store:
     def split_set(self, cohort: str, name: str) -> SplitSet:
         """One split set as folds of patients."""
         return read_split_set(self.path, cohort, name)
+
+    def export(
+        self,
+        directory: Path | str,
+        *,
+        format: ExportFormat = "webdataset",  # noqa: A002 - as on the command line
+        where: str | None = None,
+        cohort: str | None = None,
+        encoder: str | None = None,
+        shard_slides: int = SLIDES_PER_SHARD,
+        progress: Progress | None = None,
+    ) -> ExportReport:
+        """Write slides with their labels into a new folder, as WebDataset tars or HDF5; see `cfstore.export`."""
+        return export(
+            self.path,
+            Path(directory),
+            form=format,
+            where=where,
+            cohort=cohort,
+            encoder=encoder,
+            shard_slides=shard_slides,
+            progress=progress,
+        )
 
     def info(self) -> StoreInfo:
         """What the store holds, lacks and left out."""
@@ -160,6 +236,7 @@ class Store:
         *,
         plan: IngestPlan | None = None,
         on_error: OnError = "stop",
+        jobs: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> IngestReport:
         """Take a folder of feature files over into the store; nothing is ingested twice.
@@ -173,20 +250,33 @@ class Store:
         on_error
             "stop" raises before anything is written where the plan shows a problem; "skip"
             leaves those slides out, reports them, and lists them in `info`.
+        jobs
+            Processes; None: one per core, as far as there is work for them.
 
         Raises
         ------
         SourceError
             See `cfstore.errors`; the message names file, finding and remedy.
         """
+        self._check_own()
         options = options or IngestOptions()
+        codec = options.chosen_codec()
         prepare(self.path)
         plan = plan or self.plan(folder, options)
         if options.cohort is not None:
             self._check_cohort(plan, check_name("cohort", options.cohort, "--cohort"))
         fallback = options.cohort or Path(folder).resolve().name
         cohorts = tables.cohorts_of(plan.clinical, fallback) if plan.clinical else []
-        report = run_ingest(self.path, plan, cohort=options.cohort, on_error=on_error, progress=progress)
+        report = run_ingest(
+            self.path,
+            plan,
+            form=options.format,
+            codec=codec,
+            cohort=options.cohort,
+            on_error=on_error,
+            jobs=jobs,
+            progress=progress,
+        )
         with write_lock(self.path):
             left_out = [
                 {
@@ -270,6 +360,67 @@ class Store:
             catalog.reload_tables(self.path)
         return splits
 
+    # -- keeping ---------------------------------------------------------------------------------
+
+    def verify(
+        self, *, deep: bool = False, threads: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> VerifyReport:
+        """Check that catalog, shards and every stored byte are what was written; writes nothing.
+
+        Parameters
+        ----------
+        deep
+            Also compare every value with the source files, within the recorded error.
+        threads
+            Slides checked at once; None: one per core.
+        progress
+            Called with slides done and in all.
+
+        Raises
+        ------
+        StoreFormatError
+            There is no catalog to compare with, or a file of `tables/` is damaged.
+        """
+        self._check_own()
+        return verify(self.path, deep=deep, threads=threads, progress=progress)
+
+    def reindex(self) -> ReindexReport:
+        """Make the catalog anew from the shards and imported tables alone.
+
+        Raises
+        ------
+        StoreFormatError
+            A shard or table is damaged; it is named, and the catalog stays as it was.
+        """
+        self._check_own()
+        return reindex(self.path)
+
+    def remove(self, slide_ids: Sequence[str], encoder: str | None = None) -> int:
+        """Take slides out of the store, of all encoders or of one; returns how many bags went.
+
+        Their space is freed by `compact`. Ingested again, they come back.
+
+        Raises
+        ------
+        SlideNotFoundError
+            One of them is not in the store; nothing was removed then.
+        """
+        self._check_own()
+        return remove_slides(self.path, slide_ids, encoder)
+
+    def compact(self, progress: Callable[[int, int], None] | None = None) -> CompactReport:
+        """Free the space of removed slides, and put small shards together.
+
+        Raises
+        ------
+        DamagedShardError
+            A slide is not what was written; its shard is left as it is.
+        StoreWriteError
+            The store cannot be written; what was compacted so far stays.
+        """
+        self._check_own()
+        return compact(self.path, progress)
+
     def _cohorts_of(self, slide_ids: Collection[str]) -> list[str]:
         with catalog.connect(self.path) as connection:
             query = "SELECT DISTINCT cohort FROM slides WHERE list_contains(?, slide_id)"
@@ -312,7 +463,15 @@ def _held(path: Path, encoders: Sequence[str]) -> dict[Key, HeldBag]:
     )
     with catalog.connect(path) as connection:
         rows = connection.execute(query, [list(encoders)]).fetchall()
-    return {(slide_id, scale, encoder): HeldBag(*rest) for slide_id, scale, encoder, *rest in rows}
+
+    def affine_of(slide_id: str, scale: int, encoder: str) -> Affine | None:
+        return SlideReader(path, encoder, [scale], [slide_id]).read_rows(slide_id, scale, []).affine
+
+    found: dict[Key, HeldBag] = {}
+    for slide_id, scale, encoder, digest, dtype, dim, source, size, mtime in rows:
+        affine = partial(affine_of, slide_id, scale, encoder)
+        found[slide_id, scale, encoder] = HeldBag(digest, dtype, dim, source, size, mtime, affine)
+    return found
 
 
 def plan_ingest(

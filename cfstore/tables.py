@@ -17,14 +17,16 @@ import pyarrow.parquet as pq
 from cfstore.catalog import PATIENTS_PREFIX, SKIPPED_PREFIX, SLIDE_LABELS_PREFIX, SPLITS_PREFIX
 from cfstore.clinical import ClinicalTable
 from cfstore.schema import SKIPPED, TABLES_DIR, check_name
+from cfstore.shards import commit
 from cfstore.splits import PARTS, SplitSet
 
 
 def _write(root: Path, name: str, rows: pa.Table, **origin: str) -> None:
     path = root / TABLES_DIR / f"{name}.parquet"
     temporary = path.with_name(f".{path.name}")
-    pq.write_table(rows.replace_schema_metadata({f"cfstore.{key}": value for key, value in origin.items()}), temporary)
-    temporary.replace(path)
+    rows = rows.replace_schema_metadata({f"cfstore.{key}": value for key, value in origin.items()})
+    pq.write_table(rows, temporary, write_page_checksum=True)
+    commit(temporary, path)
 
 
 def cohorts_of(table: ClinicalTable, fallback_cohort: str) -> list[str]:

@@ -41,6 +41,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--cohort", metavar="NAME", help="Cohort in the store (or data.cohort in --config).")
+@click.option("--where", metavar="SQL", help="Only slides that meet a condition on patients and slides.")
 @click.option("--model", metavar="NAME", help="One of `cftrain models` [default: crossfusion].")
 @click.option("--encoder", metavar="NAME", help="Encoder of the features [default: the cohort's only one].")
 @click.option("--splits", metavar="NAME", help="Split set [default: the cohort's only one, or made by patient].")
@@ -48,6 +49,7 @@ def main() -> None:
 @click.option("--config", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings, TOML.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. train.epochs=50.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [default: runs/COHORT-MODEL-...].")
+@click.option("--cache", metavar="KIND[:SIZE]", help="Keep bags between epochs: auto, off, ram[:8GB] or gpu[:20GB].")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Folds trained side by side.")
 @click.option(
@@ -58,9 +60,11 @@ def main() -> None:
     show_default=True,
     help="The store's directory; also $CFSTORE.",
 )
+@click.option("--shards", metavar="TARS", help="Tars in place of a store, read in sequence: 'path/{000..031}.tar'.")
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json instead of the table.")
 def run(
     cohort: str | None,
+    where: str | None,
     model: str | None,
     encoder: str | None,
     splits: str | None,
@@ -68,9 +72,11 @@ def run(
     file: Path | None,
     settings: tuple[str, ...],
     out: Path | None,
+    cache: str | None,
     device: str,
     jobs: int,
     store: Path,
+    shards: str | None,
     as_json: bool,
 ) -> None:
     """Cross-validate a model on a cohort and write a run directory.
@@ -83,20 +89,31 @@ def run(
         cftrain run --cohort GBMLGG
         cftrain run --cohort GBMLGG --model abmil --encoder vit4k --set train.epochs=30
         cftrain run --cohort BLCA --preset paper
+        cftrain run --where "cohort = 'GBMLGG' AND age > 40"
+        cftrain run --shards 'exported/{000..031}.tar'
     """
     from cftrain.config import load_config
 
-    flags = {"data.cohort": cohort, "data.encoder": encoder, "data.splits": splits, "model.name": model}
+    flags = {
+        "data.cohort": cohort,
+        "data.where": where,
+        "data.encoder": encoder,
+        "data.splits": splits,
+        "data.shards": shards,
+        "data.cache": cache,
+        "model.name": model,
+    }
     config = load_config(preset=preset, file=file, flags=flags, settings=settings)
-    if not config.data.cohort:
-        message = "name the cohort with --cohort (`cfstore info` lists them)"
+    if not (config.data.cohort or config.data.where or config.data.shards):
+        message = "name the cohort with --cohort (`cfstore info` lists them), or slides with --where"
         raise click.UsageError(message)
     from cftrain.experiment import Watcher, cross_validate
     from cftrain.report import write_report
 
-    folder = out or Path("runs") / f"{config.data.cohort}-{config.model.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    named = config.data.cohort or ("where" if config.data.where else "shards")
+    folder = out or Path("runs") / f"{named}-{config.model.name}-{datetime.now():%Y%m%d-%H%M%S}"
     told = _Progress(config.train.epochs)
-    watch = Watcher(on_data=told.data, on_epoch=told.epoch, on_fold=told.fold)
+    watch = Watcher(on_data=told.data, on_cache=told.cache, on_epoch=told.epoch, on_fold=told.fold)
     done = cross_validate(config, store, folder, device=device, jobs=jobs, command=sys.argv, watch=watch)
     report = write_report(folder)
     if as_json:
@@ -129,6 +146,9 @@ class _Progress:
         )
         for line in excluded_lines(data.excluded):
             click.echo(line, err=True)
+
+    def cache(self, plan: Any) -> None:
+        click.echo(plan.why, err=True)
 
     def epoch(self, fold: Any, epoch: Any) -> None:
         left = (self._epochs - epoch.epoch) * epoch.seconds

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from cftrain.cache import parse_cache
 from cftrain.errors import ConfigError
 from cftrain.zoo import model_options
 
@@ -27,7 +28,11 @@ class DataConfig:
     """Which slides, from which features, in which folds, and how they are read."""
 
     cohort: str = ""
-    """Cohort in the store."""
+    """Cohort in the store (with `where`, or tars of one cohort: may be empty)."""
+    where: str = ""
+    """SQL condition on patients and slides, e.g. "age > 40": only slides that meet it. Empty: all."""
+    shards: str = ""
+    """Tars to read in place of a store, e.g. "path/{000..031}.tar"; empty: the store."""
     encoder: str = ""
     """Encoder of the features; empty: the cohort's only one."""
     splits: str = ""
@@ -38,8 +43,12 @@ class DataConfig:
     """Threads that read slides ahead."""
     ahead: int = 16
     """Slides read ahead, at most."""
-    cache_mib: int = 2048
-    """Decoded slides kept in memory between epochs and folds, at most."""
+    ahead_mib: int = 1024
+    """Memory for slides read ahead, at most; a larger slide gets memory of its own."""
+    order: Literal["shuffled", "shard"] = "shuffled"
+    """Visit slides in random order, or shard after shard (kind to the page cache; the default with `shards`)."""
+    cache: str = "auto"
+    """Bags kept between epochs and folds: auto, off, ram[:SIZE] or gpu[:SIZE], e.g. ram:8GB."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ class RunConfig:
 
 _SECTIONS: Mapping[str, type[Any]] = {"data": DataConfig, "bins": BinsConfig, "train": TrainConfig}
 _POSITIVE = {
-    "data": ("folds", "readers", "ahead"),
+    "data": ("folds", "readers", "ahead", "ahead_mib"),
     "bins": ("count",),
     "train": ("epochs", "learning_rate", "accumulate", "batch_patches", "select_from"),
 }
@@ -218,6 +227,8 @@ def _build(preset: str, values: Mapping[str, Any]) -> RunConfig:
             parts[section][name] = _checked(key, value, get_type_hints(_SECTIONS[section])[name])
         else:
             _refuse(key)
+    if parts["data"].get("shards"):
+        parts["data"].setdefault("order", "shard")
     built = {section: kind(**parts[section]) for section, kind in _SECTIONS.items()}
     _check_ranges(built)
     model = ModelConfig(str(options.pop("name", ModelConfig.name)), options)
@@ -264,6 +275,7 @@ def _check_ranges(built: Mapping[str, Any]) -> None:
     if built["bins"].count < 2 or built["data"].folds < 2:
         message = "bins.count and data.folds must be at least 2"
         raise ConfigError(message)
+    parse_cache(built["data"].cache)
     train: TrainConfig = built["train"]
     negative = [n for n in ("weight_decay", "cosine_epochs", "patience", "seed") if getattr(train, n) < 0]
     if negative:

@@ -19,11 +19,15 @@ from typing import Any
 
 import torch
 
+from cftrain.cache import CachePlan, plan_cache
 from cftrain.config import RunConfig, to_toml
-from cftrain.data import Feed, RunData, load_data
+from cftrain.data import RunData, load_data
+from cftrain.device import free_gpu
 from cftrain.errors import ConfigError, RunError
+from cftrain.feed import Feed, cohort_bytes
 from cftrain.fold_training import make_model, train_fold
 from cftrain.folds import FoldSlides
+from cftrain.memory import free_ram
 from cftrain.provenance import collect
 from cftrain.results import Epoch, FoldResult, write_predictions, write_summary
 
@@ -33,6 +37,7 @@ class Watcher:
     """What the caller wants to hear while a run goes on; all may stay silent."""
 
     on_data: Callable[[RunData, int], None] = lambda data, n_parameters: None
+    on_cache: Callable[[CachePlan], None] = lambda plan: None
     on_epoch: Callable[[FoldSlides, Epoch], None] = lambda fold, epoch: None
     on_fold: Callable[[FoldResult], None] = lambda result: None
 
@@ -79,7 +84,7 @@ def cross_validate(
     Parameters
     ----------
     config, store, out
-        What to do, on which data, and where to write.
+        What to do, on which data, and where to write; with `config.data.shards` the store is not opened.
     device
         "auto", "cpu", "cuda", "cuda:1".
     jobs
@@ -104,13 +109,22 @@ def cross_validate(
     data = load_data(store, config.data, config.model.name, scales, config.train.seed)
     toml = to_toml(config)
     n_parameters = sum(weight.numel() for weight in make_model(config, data.cohort.dim).parameters())
-    _begin(out, toml, collect(data, chosen, command, toml))
+    jobs = min(jobs, len(data.folds))
+    cache = plan_cache(
+        config.data.cache,
+        cohort_bytes=cohort_bytes(data),
+        ram_free=free_ram(),
+        gpu_free=free_gpu(chosen),
+        jobs=jobs,
+    )
+    _begin(out, toml, collect(data, config.data, chosen, command, toml))
     watch.on_data(data, n_parameters)
+    watch.on_cache(cache)
     started = time.perf_counter()
     if jobs == 1:
-        trained = _one_by_one(config, data, chosen, out, watch)
+        trained = _one_by_one(config, data, chosen, cache, out, watch)
     else:
-        trained = _side_by_side(config, data, chosen, out, watch, min(jobs, len(data.folds)))
+        trained = _side_by_side(config, data, chosen, cache, out, watch, jobs)
     results = []
     for result in trained:
         results.append(result)
@@ -126,15 +140,15 @@ def _fold_directory(out: Path, fold: FoldSlides) -> Path:
 
 
 def _one_by_one(
-    config: RunConfig, data: RunData, device: torch.device, out: Path, watch: Watcher
+    config: RunConfig, data: RunData, device: torch.device, cache: CachePlan, out: Path, watch: Watcher
 ) -> Iterator[FoldResult]:
-    feed = Feed(data, data.cohort.scales, config.data, device)
+    feed = Feed(data, data.cohort.scales, config.data, device, cache)
     for fold in data.folds:
         yield train_fold(config, data, feed, fold, _fold_directory(out, fold), watch.on_epoch)
 
 
 def _side_by_side(
-    config: RunConfig, data: RunData, device: torch.device, out: Path, watch: Watcher, jobs: int
+    config: RunConfig, data: RunData, device: torch.device, cache: CachePlan, out: Path, watch: Watcher, jobs: int
 ) -> Iterator[FoldResult]:
     """Folds in processes of their own; epochs are told through a queue. Yields folds as they finish."""
     context = multiprocessing.get_context("spawn")
@@ -142,7 +156,7 @@ def _side_by_side(
         epochs = manager.Queue()
         threads = max(1, (os.cpu_count() or 1) // jobs)
         pending = {
-            pool.submit(_in_process, config, data, fold, device, threads, out, epochs.put) for fold in data.folds
+            pool.submit(_in_process, config, data, fold, device, cache, threads, out, epochs.put) for fold in data.folds
         }
         try:
             while pending:
@@ -161,12 +175,13 @@ def _in_process(
     data: RunData,
     fold: FoldSlides,
     device: torch.device,
+    cache: CachePlan,
     threads: int,
     out: Path,
     tell: Callable[[tuple[FoldSlides, Epoch]], None],
 ) -> FoldResult:
     torch.set_num_threads(threads)
-    feed = Feed(data, data.cohort.scales, config.data, device)
+    feed = Feed(data, data.cohort.scales, config.data, device, cache)
     return train_fold(config, data, feed, fold, _fold_directory(out, fold), lambda *epoch: tell(epoch))
 
 

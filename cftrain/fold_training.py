@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from cfstore import CohortSlide
 from cftrain.checkpoints import save_weights
 from cftrain.config import RunConfig
-from cftrain.data import Feed, RunData
+from cftrain.data import RunData
+from cftrain.feed import Feed
 from cftrain.folds import FoldSlides
 from cftrain.loop import Evaluation, evaluate, learning_rate, train_epoch
 from cftrain.models import SurvivalModel, build
+from cftrain.order import LoaderState, epoch_slides
 from cftrain.results import Epoch, FoldResult, scores, without_nan
-from cftrain.survival import TimeBins, class_weights, epoch_order, fit_bins
+from cftrain.survival import TimeBins, class_weights, fit_bins
 
 
 def make_model(config: RunConfig, feature_dim: int) -> SurvivalModel:
@@ -37,11 +39,6 @@ def _fit_bins(config: RunConfig, data: RunData, fold: FoldSlides) -> TimeBins:
         labels = [(slide.time_months, slide.event) for slide in data.cohort.slides]
     times = np.array([months for months, _ in labels])
     return fit_bins(times, np.array([event for _, event in labels]), config.bins.count)
-
-
-def _order(config: RunConfig, fold: FoldSlides, weights: NDArray[np.float64] | None, epoch: int) -> list[CohortSlide]:
-    order = epoch_order(len(fold.train), weights=weights, seed=config.train.seed, epoch=epoch, fold=fold.number)
-    return [fold.train[i] for i in order]
 
 
 def _weights(config: RunConfig, fold: FoldSlides, bins: TimeBins) -> NDArray[np.float64] | None:
@@ -90,7 +87,7 @@ def train_fold(
             rate = learning_rate(config.train, number)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            order = _order(config, fold, weights, number)
+            order = epoch_slides(LoaderState(config.train.seed, number), fold, weights, data.order)
             epoch, prediction = _run_epoch(config, feed, fold, model, optimizer, bins, order, number + 1)
             epochs.append(epoch)
             log.write(json.dumps(without_nan(asdict(epoch))) + "\n")

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from cfstore import CohortSlide
 from cftrain.config import TrainConfig
-from cftrain.data import Feed, packed
 from cftrain.errors import NonFiniteError
+from cftrain.feed import Feed
 from cftrain.models import SurvivalModel
+from cftrain.order import packed, training_batches
 from cftrain.survival import TimeBins, nll_survival
 
 
@@ -58,11 +59,14 @@ def train_epoch(
     slides: Sequence[CohortSlide],
     bins: TimeBins,
     config: TrainConfig,
+    *,
+    first_step: int = 0,
 ) -> float:
     """One pass over `slides` in the given order; returns the mean loss.
 
     Every `accumulate` slides make one step on their mean loss; what is left over at the end
-    makes a step of its own.
+    makes a step of its own. From `first_step` on an epoch goes as if the steps before it had been
+    made here; the loss is the mean of what was done here.
 
     Raises
     ------
@@ -71,12 +75,9 @@ def train_epoch(
     """
     model.train()
     total = 0.0
-    steps = [slides[at : at + config.accumulate] for at in range(0, len(slides), config.accumulate)]
-    plan = [
-        (batch, len(step), last) for step in steps for batch, last in _with_last(packed(step, config.batch_patches))
-    ]
-    batches = feed.batches([batch for batch, _, _ in plan])
-    for (bags, group), (_, step_size, last) in zip(batches, plan, strict=True):
+    plan = training_batches(slides, config.accumulate, config.batch_patches, first_step=first_step)
+    batches = feed.batches([batch.slides for batch in plan])
+    for (bags, group), batch in zip(batches, plan, strict=True):
         time_bin, event = _labels(group, bins, feed.device)
         with _autocast(feed.device):
             logits = model(bags).logits
@@ -86,16 +87,12 @@ def train_epoch(
             named = ", ".join(slide.slide_id for slide in group[:5])
             message = f"loss is {value} on slides {named}; lower train.learning_rate, or look at their features"
             raise NonFiniteError(message)
-        torch.autograd.backward(loss / step_size)
+        torch.autograd.backward(loss / batch.step_size)
         total += value
-        if last:
+        if batch.last:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return total / len(slides)
-
-
-def _with_last(groups: list[list[CohortSlide]]) -> list[tuple[list[CohortSlide], bool]]:
-    return [(group, i == len(groups) - 1) for i, group in enumerate(groups)]
+    return total / sum(len(batch.slides) for batch in plan)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cftrain.config import DataConfig
 from cftrain.data import RunData
 
 _PACKAGES = ("crossfusion-store", "torch", "triton", "numpy", "zarr", "numcodecs", "duckdb", "lifelines", "pyarrow")
@@ -50,7 +51,7 @@ def _data_digest(data: RunData) -> str:
     ).to_pylist()
     used = {slide.slide_id for slide in data.cohort.slides}
     lines = [f"{row['slide_id']} {row['scale']} {row['digest']}" for row in rows if row["slide_id"] in used]
-    return f"sha256:{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
+    return _sha256(lines)
 
 
 def _splits_digest(data: RunData) -> str:
@@ -59,7 +60,7 @@ def _splits_digest(data: RunData) -> str:
         for number, fold in sorted(data.splits.folds.items())
         for part in ("train", "val")
     ]
-    return f"sha256:{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
+    return _sha256(lines)
 
 
 def device_name(device: torch.device) -> str:
@@ -69,7 +70,24 @@ def device_name(device: torch.device) -> str:
     return f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def collect(data: RunData, device: torch.device, command: Sequence[str], config_toml: str) -> dict[str, Any]:
+def _origin(data: RunData, where: str, shards: str) -> dict[str, Any]:
+    """The store, or the tars and for each a digest over the records of its bags; and the condition, if any."""
+    condition = {"where": where} if where else {}
+    if not shards:
+        return {"store": str(data.store.path.resolve()), "store_uuid": data.store.header.uuid, **condition}
+    lines: dict[str, list[str]] = {}
+    for row in data.store.sql("SELECT shard, slide_id, scale, digest FROM bags ORDER BY ALL").to_pylist():
+        lines.setdefault(row["shard"], []).append(f"{row['slide_id']} {row['scale']} {row['digest']}")
+    return {"shards": shards, "tars": {shard: _sha256(held) for shard, held in lines.items()}, **condition}
+
+
+def _sha256(lines: Sequence[str]) -> str:
+    return f"sha256:{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
+
+
+def collect(
+    data: RunData, config: DataConfig, device: torch.device, command: Sequence[str], config_toml: str
+) -> dict[str, Any]:
     """Everything a reader needs to repeat or doubt the run."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {
@@ -81,10 +99,9 @@ def collect(data: RunData, device: torch.device, command: Sequence[str], config_
         "device": device_name(device),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
-        "store": str(data.store.path.resolve()),
-        "store_uuid": data.store.header.uuid,
+        **_origin(data, config.where, config.shards),
         "data_digest": _data_digest(data),
         "splits": data.splits.name,
         "splits_digest": _splits_digest(data),
-        "config_digest": f"sha256:{hashlib.sha256(config_toml.encode()).hexdigest()}",
+        "config_digest": _sha256([config_toml]),
     }

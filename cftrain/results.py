@@ -16,7 +16,8 @@ import torch
 
 from cfstore import CohortSlide
 from cftrain.config import RunConfig, TrainConfig
-from cftrain.data import RunData, Work
+from cftrain.data import RunData
+from cftrain.feed import Work
 from cftrain.folds import FoldSlides
 from cftrain.loop import Evaluation
 from cftrain.provenance import device_name
@@ -140,8 +141,8 @@ def _metric(results: Sequence[FoldResult], value: Callable[[FoldResult], float],
 def _reference(data: RunData, results: Sequence[FoldResult]) -> dict[str, Any] | None:
     """C-index of a synthetic cohort's planted risks on the same patients of the same folds."""
     rows = data.patients
-    if not all("oracle_risk" in row for row in rows.values()):
-        return None
+    if not all(row.get(column) is not None for row in rows.values() for column in _ORACLES.values()):
+        return None  # also where real patients lie beside synthetic ones
     found: dict[str, Any] = {}
     for name, column in _ORACLES.items():
         folds = []
@@ -191,6 +192,7 @@ def write_summary(
     log_rank = _log_rank(results)
     summary: dict[str, Any] = {
         "cohort": data.cohort.name,
+        "where": config.data.where or None,
         "model": config.model.name,
         "encoder": data.cohort.encoder,
         "scales": list(data.cohort.scales),

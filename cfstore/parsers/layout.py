@@ -49,9 +49,14 @@ class _Folder:
     scale: int | None
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, tuple[Path, ...]]]:
+def _walk(root: Path, notes: list[str]) -> Iterator[tuple[Path, tuple[Path, ...]]]:
+    """Every folder that has feature files, with them; folders that are called like files go into `notes`."""
     for path, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not _NOT_BAGS.match(name))
+        odd = {name for name in folders if name.lower().endswith(FEATURE_SUFFIXES)}
+        notes += [
+            f"{Path(path, name).relative_to(root)}: a folder, not a feature file: left out" for name in sorted(odd)
+        ]
+        folders[:] = sorted(name for name in folders if name not in odd and not _NOT_BAGS.match(name))
         files = tuple(
             Path(path, name)
             for name in sorted(names)
@@ -185,7 +190,8 @@ def discover(root: Path, *, encoder: str | None = None, scale: int | None = None
     if not root.is_dir():
         message = f"{root}: no such folder"
         raise SourceError(message)
-    folders = [_classify(root, path, files) for path, files in _walk(root)]
+    notes: list[str] = []
+    folders = [_classify(root, path, files) for path, files in _walk(root, notes)]
     if not folders:
         message = (
             f"{root}: no .h5 or .pt feature files found. Expected CLAM (x20/h5_files/*.h5), "
@@ -199,7 +205,6 @@ def discover(root: Path, *, encoder: str | None = None, scale: int | None = None
         )
         message = f"{root}: several layouts in one folder ({where}); ingest them one by one"
         raise LayoutError(message)
-    notes: list[str] = []
     chosen = _select(root, _choose_encoder(folders, encoder, root), scale, notes)
     unreadable: list[tuple[BagSource, SourceError]] = []
     sources = _prefer_h5(list(_sources(root, chosen, encoder, scale, unreadable)), notes)

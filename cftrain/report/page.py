@@ -229,6 +229,7 @@ def _column(rows: Sequence[Row], name: str) -> list[float]:
 def _settings(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("Preset", summary["preset"]),
+        *([("Only where", summary["where"])] if summary.get("where") else []),
         ("Scales", ", ".join(f"{scale}x" for scale in summary["scales"])),
         ("Splits", f"{summary['splits']}, {len(summary['folds'])} folds"),
         ("Seed", str(summary["seed"])),

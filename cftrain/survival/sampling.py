@@ -33,11 +33,21 @@ def class_weights(time_bin: ArrayLike, event: ArrayLike) -> NDArray[np.float64]:
     return bins.size / count[own].astype(np.float64)
 
 
-def epoch_order(n: int, *, weights: ArrayLike | None = None, seed: int, epoch: int, fold: int) -> NDArray[np.int64]:
+def epoch_order(
+    n: int,
+    *,
+    weights: ArrayLike | None = None,
+    seed: int,
+    epoch: int,
+    fold: int,
+    shard: ArrayLike | None = None,
+    within: ArrayLike | None = None,
+) -> NDArray[np.int64]:
     """Rows to visit in one epoch, in order: [n] int64, the same for the same arguments, whatever ran before.
 
     Without weights a permutation of 0…n-1. With weights n draws with replacement, each row in proportion to
-    its weight: some rows come more than once, others wait for another epoch.
+    its weight: some rows come more than once, others wait for another epoch. With shards the same rows are
+    drawn, and then arranged: the rows of one shard come together, shards in random order.
 
     Parameters
     ----------
@@ -47,21 +57,32 @@ def epoch_order(n: int, *, weights: ArrayLike | None = None, seed: int, epoch: i
         Relative weights, not negative, not all 0; None visits every row once.
     seed, epoch, fold
         Name the order, each at or above 0. No global random state is read or changed.
+    shard : [n] int, at or above 0
+        The shard each row lies in; None mixes them.
+    within : [n]
+        Places of the rows in their shard, visited in ascending order; None visits them in random order.
 
     Raises
     ------
     ConfigError
         There is no row, `seed`, `epoch` or `fold` is negative, or the weights cannot be drawn from.
     ShapeError
-        `weights` is not [n].
+        `weights`, `shard` or `within` is not [n].
     """
     if n < 1:
         msg = f"{n} rows to draw an epoch from: give the training part at least one slide"
         raise ConfigError(msg)
     rng = _generator(seed, fold, epoch)
-    if weights is None:
-        return rng.permutation(n)
-    return rng.choice(n, size=n, replace=True, p=_probabilities(weights, n))
+    p = None if weights is None else _probabilities(weights, n)
+    drawn = rng.permutation(n) if p is None else rng.choice(n, size=n, replace=True, p=p)
+    if shard is None:
+        return drawn
+    shards, places = np.asarray(shard), np.zeros(n) if within is None else np.asarray(within)
+    if shards.shape != (n,) or places.shape != (n,):
+        msg = f"shard is {shards.shape}, within {places.shape}: give one for each of the {n} rows"
+        raise ShapeError(msg)
+    rank = rng.permutation(int(shards.max()) + 1)
+    return drawn[np.lexsort((places[drawn], rank[shards[drawn]]))]
 
 
 def _generator(seed: int, fold: int, epoch: int) -> np.random.Generator:

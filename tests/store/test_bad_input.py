@@ -134,8 +134,8 @@ CASES: dict[str, tuple[Break, type[SourceError], str, str]] = {
     "dangling link": (unplugged, UnreadableFileError, "No such file", "extract it again"),
     "no features": (holding(coords=COORDS), MissingDatasetError, "found: coords", "extract the slide again"),
     "stamp": (holding(feats=FEATURES, coords=COORDS), MissingDatasetError, "found: coords, feats", "STAMP"),
-    "nan": (holding(features=poisoned(np.nan, 7)), NonFiniteError, "1 of 40 patches", "extract the slide again"),
-    "inf": (holding(features=poisoned(-np.inf, 39)), NonFiniteError, "first: row 39", "extract the slide again"),
+    "nan": (holding(features=poisoned(np.nan, 7)), NonFiniteError, "row 7 has NaN", "extract the slide again"),
+    "inf": (holding(features=poisoned(-np.inf, 39)), NonFiniteError, "row 39 has NaN or Inf", "extract the slide"),
     "fewer coords": (
         holding(features=FEATURES, coords=COORDS[:-1]),
         ShapeError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 
 import cfstore
 from cfstore import Store, StoreFormatError, StoreNotFoundError, catalog
-from cfstore.errors import StoreBusyError, StoreError
+from cfstore.errors import DamagedShardError, StoreBusyError, StoreError
 from cfstore.locks import write_lock
 
 Make = Callable[..., Any]
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INGEST = """
 import sys
 import cfstore, cfstore.ingest
-cfstore.ingest._SLIDES_PER_SHARD = 2
+cfstore.ingest.SLIDES_PER_SHARD = 2
 print("ready", flush=True)
 if len(sys.argv) > 3:
     sys.stdin.readline()  # both at once
@@ -73,11 +74,11 @@ def writing(store: Path) -> bool:
 
 
 def registering(store: Path) -> bool:
-    return any(store.glob(".catalog.duckdb.*")) and any(store.glob("features/*/2*.zarr"))
+    return any(store.glob(".catalog.duckdb.*")) and any(store.glob("features/*/0*.zarr"))
 
 
 def published(n: int) -> Callable[[Path], bool]:
-    return lambda store: sum(1 for _ in store.glob("features/*/2*.zarr")) >= n
+    return lambda store: sum(1 for _ in store.glob("features/*/0*.zarr")) >= n
 
 
 @pytest.mark.slow
@@ -107,7 +108,7 @@ def test_a_process_that_died_making_the_store_leaves_a_place_for_the_next(
 ) -> None:
     for name in left:
         (tmp_path / "store" / name).mkdir(parents=True)
-    assert cfstore.open(tmp_path / "store", create=True).header.format_version == 1
+    assert cfstore.open(tmp_path / "store", create=True).header.format_version == 2
 
 
 def test_a_folder_of_something_else_is_not_made_a_store(tmp_path: Path) -> None:
@@ -219,15 +220,16 @@ def test_a_writer_waits_for_the_lock_and_says_so_when_it_does_not_come(store: St
 @pytest.mark.parametrize(
     ("header", "found"),
     [
-        ({"format_version": 2}, "store format 2, this version reads up to 1; upgrade"),
-        ({"format_version": "2"}, "not a store header"),
-        ({"uuid": None, "format_version": None}, "not a store header"),
+        ({"format_version": 3}, "store format 3, this version reads 2; upgrade"),
+        ({"format_version": 1}, "store format 1, this version reads 2; ingest into a new --store"),
+        ({"format_version": "2"}, "not of a store.*'2'.*restore it or use a new --store"),
+        ({"uuid": None, "format_version": None}, "not of a store.*None.*restore it or use a new --store"),
     ],
 )
-def test_a_store_of_a_newer_or_unknown_format_is_refused(header: dict[str, Any], found: str, store: Store) -> None:
+def test_a_store_of_another_or_unknown_format_is_refused(header: dict[str, Any], found: str, store: Store) -> None:
     path = store.path / "store.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **header}))
-    with pytest.raises(StoreFormatError, match=found):
+    with pytest.raises(StoreFormatError, match=f"{re.escape(str(store.path))}: {found}"):
         cfstore.open(store.path)
 
 
@@ -243,15 +245,18 @@ def test_a_missing_store_says_how_to_make_one(tmp_path: Path) -> None:
         cfstore.open(tmp_path / "nothing")
 
 
-def test_a_shard_of_a_newer_format_is_refused_by_name(tmp_path: Path, store: Store, make_cohort: Make) -> None:
+@pytest.mark.parametrize(("version", "remedy"), [(3, "upgrade"), (1, "ingest into a new --store")])
+def test_a_shard_of_another_format_is_refused_by_name(
+    version: int, remedy: str, tmp_path: Path, store: Store, make_cohort: Make
+) -> None:
     make_cohort(tmp_path / "uni", ("a",))
     store.ingest(tmp_path / "uni")
     [metadata] = (store.path / "features").glob("*/*.zarr/zarr.json")
     content = json.loads(metadata.read_text())
-    content["attributes"]["cfstore"]["format_version"] = 2
+    content["attributes"]["cfstore"]["format_version"] = version
     metadata.write_text(json.dumps(content))
     (store.path / "catalog.duckdb").unlink()
-    with pytest.raises(StoreFormatError, match=rf"{metadata.parent.name}: shard format 2"):
+    with pytest.raises(StoreFormatError, match=rf"{metadata.parent.name}: store format {version}.*{remedy}"):
         store.ingest(tmp_path / "uni")
 
 
@@ -294,9 +299,15 @@ def test_a_read_only_store_can_be_read_and_says_why_it_cannot_be_written(tmp_pat
 # --- the catalog is disposable -------------------------------------------------------------------------
 
 
+def reindex(store: Store) -> None:
+    with write_lock(store.path):
+        catalog.rebuild(store.path)
+
+
 @pytest.mark.parametrize("lost", [("catalog.duckdb",), ("catalog.duckdb", "catalog.parquet", ".lock")])
-def test_a_lost_catalog_is_rebuilt_by_an_ingest_of_the_same_folder(
-    lost: tuple[str, ...], tmp_path: Path, store: Store, make_cohort: Make
+@pytest.mark.parametrize("how", ["reindex", "ingest"])
+def test_a_lost_catalog_is_rebuilt_by_reindex_and_by_an_ingest_of_the_same_folder(
+    how: str, lost: tuple[str, ...], tmp_path: Path, store: Store, make_cohort: Make
 ) -> None:
     rows = make_cohort(tmp_path / "uni", ("a", "b"))
     (tmp_path / "uni" / "t.csv").write_text("case_id,slide_id,survival_months,censorship\np1,a.svs,3,0\n")
@@ -305,9 +316,12 @@ def test_a_lost_catalog_is_rebuilt_by_an_ingest_of_the_same_folder(
     before = {table: store.sql(f"SELECT * FROM {table} ORDER BY ALL").to_pylist() for table in tables}
     for name in lost:
         (store.path / name).unlink()
-    with pytest.raises(StoreFormatError, match=r"catalog is missing; `cfstore ingest` of any folder rebuilds it"):
+    with pytest.raises(StoreFormatError, match=r"catalog is missing; `cfstore reindex` rebuilds it"):
         store.sql("SELECT 1")
-    assert store.ingest(tmp_path / "uni").n_slides == 0
+    if how == "ingest":
+        assert store.ingest(tmp_path / "uni").n_slides == 0
+    else:
+        reindex(store)
     assert {table: store.sql(f"SELECT * FROM {table} ORDER BY ALL").to_pylist() for table in tables} == before
     check_whole(store, rows)
 
@@ -318,11 +332,11 @@ def test_a_damaged_catalog_is_named_with_its_remedy_which_works(
     rows = make_cohort(tmp_path / "uni", ("a",))
     store.ingest(tmp_path / "uni")
     (store.path / "catalog.duckdb").write_bytes(b"\x00" * 5000)
-    with pytest.raises(StoreFormatError, match=r"catalog\.duckdb: the catalog cannot be opened.*delete it"):
+    with pytest.raises(StoreFormatError, match=r"catalog\.duckdb: the catalog cannot be opened.*`cfstore reindex`"):
         store.ingest(tmp_path / "uni")
-    (store.path / "catalog.duckdb").unlink()
-    store.ingest(tmp_path / "uni")
+    reindex(store)
     check_whole(store, rows)
+    assert store.ingest(tmp_path / "uni").n_slides == 0
 
 
 def test_a_store_may_be_moved(tmp_path: Path, store: Store, make_cohort: Make) -> None:
@@ -335,10 +349,25 @@ def test_a_store_may_be_moved(tmp_path: Path, store: Store, make_cohort: Make) -
 def test_a_shard_that_lost_a_file_is_named_when_read(tmp_path: Path, store: Store, make_cohort: Make) -> None:
     make_cohort(tmp_path / "uni", ("a",))
     store.ingest(tmp_path / "uni")
-    [metadata] = (store.path / "features").glob("*/*.zarr/features/zarr.json")
-    metadata.unlink()
-    with pytest.raises(StoreFormatError, match=r"\.zarr: shard is missing or damaged"):
+    [rows] = (store.path / "features").glob("*/*.zarr/features/c/0/0")
+    rows.unlink()
+    with pytest.raises(DamagedShardError, match=rf"slide a: {re.escape(str(rows))}: missing.*restore the shard"):
         store.slide("a")
+
+
+def test_a_shard_that_was_cut_short_is_named_when_read_and_when_reindexed(
+    tmp_path: Path, store: Store, make_cohort: Make
+) -> None:
+    make_cohort(tmp_path / "uni", ("a",))
+    store.ingest(tmp_path / "uni")
+    [rows] = (store.path / "features").glob("*/*.zarr/features/c/0/0")
+    os.truncate(rows, 50)
+    with pytest.raises(DamagedShardError, match=rf"slide a: {re.escape(str(rows))}: ends before byte.*restore"):
+        store.slide("a")
+    before = (store.path / "catalog.duckdb").read_bytes()
+    with pytest.raises(DamagedShardError, match=rf"{re.escape(str(rows))}: .*cut short; restore the shard"):
+        reindex(store)
+    assert (store.path / "catalog.duckdb").read_bytes() == before
 
 
 def test_a_flipped_byte_in_a_shard_is_noticed_when_read(tmp_path: Path, store: Store, make_cohort: Make) -> None:
@@ -348,5 +377,7 @@ def test_a_flipped_byte_in_a_shard_is_noticed_when_read(tmp_path: Path, store: S
     content = bytearray(file.read_bytes())
     content[len(content) // 3] ^= 0xFF
     file.write_bytes(content)
-    with pytest.raises(StoreFormatError, match=r"\.zarr: rows \d+ to \d+ cannot be decoded.*damaged"):
+    with pytest.raises(
+        DamagedShardError, match=r"slide a: .*\.zarr.*: bytes from \d+ changed after they were written; restore"
+    ):
         store.slide("a")

@@ -53,6 +53,7 @@ def test_the_resolved_toml_gives_the_same_configuration_back(preset, tmp_path):
         ("epochs=3", "train.epochs"),
         ("train.learningrate=1", "train.learning_rate"),
         ("bins.number=4", "bins.count"),
+        ("data.cache_mib=2048", "data.cache"),
     ],
 )
 def test_an_unknown_setting_is_refused_with_near_names(setting, hint):
@@ -72,6 +73,10 @@ def test_an_unknown_setting_is_refused_with_near_names(setting, hint):
         ("model.n_bins=3", "bins.count"),
         ("train.epochs", "key=value"),
         ("train.patience=-1", "negative"),
+        ("data.cache=disk", r"auto, off, ram\[:SIZE\]"),
+        ("data.cache=ram:lots", "8GB or 512MiB"),
+        ("data.order=random", "shuffled, shard"),
+        ("data.ahead_mib=0", "above 0"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_saying_what_was_found(setting, found):
@@ -97,3 +102,9 @@ def test_a_broken_toml_file_is_named(tmp_path):
 
 def test_an_integer_stands_for_a_float():
     assert load_config(settings=["train.learning_rate=1"]).train.learning_rate == 1.0
+
+
+def test_tars_are_read_in_sequence_unless_said_otherwise():
+    assert load_config().data.order == "shuffled"
+    assert load_config(flags={"data.shards": "a.tar"}).data.order == "shard"
+    assert load_config(flags={"data.shards": "a.tar"}, settings=["data.order=shuffled"]).data.order == "shuffled"

@@ -12,10 +12,12 @@ import torch
 
 from cfstore import CohortSlide
 from cftrain.config import DataConfig, TrainConfig
-from cftrain.data import Feed, load_data, packed
+from cftrain.data import load_data
 from cftrain.errors import NonFiniteError
+from cftrain.feed import Feed
 from cftrain.loop import evaluate, learning_rate, train_epoch
 from cftrain.models import build
+from cftrain.order import packed
 from cftrain.survival import fit_bins
 
 SCALES = (5, 10, 20)

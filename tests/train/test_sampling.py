@@ -122,3 +122,17 @@ def test_weights_of_another_length_are_refused():
 def test_weights_that_cannot_be_drawn_from_are_refused(weights):
     with pytest.raises(ConfigError, match="weights run from"):
         epoch_order(3, weights=weights, seed=0, epoch=0, fold=0)
+
+
+@pytest.mark.parametrize("name", ["shard", "within"])
+def test_places_of_another_length_are_refused(name):
+    with pytest.raises(ShapeError, match="one for each of the 3 rows"):
+        epoch_order(3, seed=0, epoch=0, fold=0, **({"shard": [0, 0, 1]} | {name: [0, 1]}))
+
+
+def test_every_shard_comes_first_equally_often_and_every_row_first_within_its_shard():
+    shard = np.array([0, 1, 0, 2, 1, 0])
+    orders = [epoch_order(6, seed=0, epoch=e, fold=0, shard=shard) for e in range(3000)]
+    assert chisquare(np.bincount([shard[order[0]] for order in orders])).pvalue > 1e-3
+    first = [next(row for row in order if shard[row] == 0) for order in orders]
+    assert chisquare(np.bincount(first)[[0, 2, 5]]).pvalue > 1e-3

@@ -1,0 +1,223 @@
+"""One shard, from feature files to the catalog: written aside, renamed, registered.
+
+Runs in the ingesting process or in one of several. Kill it anywhere: what was being written is
+swept away by the next ingest, and a shard that was renamed but not registered is registered.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from cfstore import catalog
+from cfstore.convert import Affine, BagConverter, RangeMeter
+from cfstore.errors import SourceError, UnreadableFileError
+from cfstore.halves import WORTH_TORCH, prefer_torch
+from cfstore.locks import discard, disk_errors, hold, write_lock
+from cfstore.parsers import BagHead, BagSource, open_bag
+from cfstore.plan import Problem, SlideJob, raise_problems
+from cfstore.schema import FEATURES_DIR
+from cfstore.shards import (
+    SUFFIXES,
+    TEMPORARY_PREFIX,
+    BagRecord,
+    ShardRecord,
+    ShardWriter,
+    SlideRecord,
+    open_writer,
+    published_shards,
+    sync,
+)
+
+OnError = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What to write: `head` is the shard without slides and name, `folder` the ingested folder's name."""
+
+    root: Path
+    head: ShardRecord
+    jobs: tuple[SlideJob, ...]
+    cohort: str | None
+    folder: str
+    on_error: OnError
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """What became of it: the shard (None if nothing was left to write), its bytes, and slides left out."""
+
+    record: ShardRecord | None
+    stored_bytes: int
+    problems: tuple[Problem, ...]
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        message = f"{path}: cannot be read any more ({error.strerror}); run the ingest again"
+        raise UnreadableFileError(message) from error
+
+
+@contextmanager
+def _blocks(source: BagSource, head: BagHead) -> Iterator[Any]:
+    """The opened bag, if it still is what it was when the folder was looked at."""
+    with open_bag(source) as bag:
+        found, expected = (bag.head.n_patches, bag.head.dim), (head.n_patches, head.dim)
+        if found != expected:
+            message = (
+                f"{source.path}: has {found} features, {expected} a moment ago; "
+                "it is still being written: run the ingest again when it is done"
+            )
+            raise UnreadableFileError(message)
+        yield bag
+
+
+def _affine(job: SlideJob, dim: int) -> Affine:
+    """Scale and zero of each channel over all bags of a slide. Their files are read twice: the second time from RAM."""
+    meter = RangeMeter(dim)
+    for source, head in zip(job.sources, job.heads, strict=True):
+        with _blocks(source, head) as bag:
+            for rows in bag.blocks():
+                meter.add(source.path, rows)
+    return meter.affine()
+
+
+def _write_bag(writer: ShardWriter, source: BagSource, head: BagHead, dtype: str, affine: Affine | None) -> BagRecord:
+    stat = _stat(source.path)
+    converter = BagConverter(source.path, dtype, head.dim, affine)
+    with _blocks(source, head) as bag:
+        row_start = writer.begin_bag(source.scale, head.n_patches)
+        for rows in bag.blocks():
+            stored: NDArray[Any] = converter.convert(rows)
+            writer.append(stored)
+        coords = bag.coords()
+    writer.end_bag(coords, head.n_patches)
+    measured = converter.finish(coords)
+    return BagRecord(
+        scale=source.scale,
+        row_start=row_start,
+        n_patches=head.n_patches,
+        digest=measured.digest,
+        has_coords=coords is not None,
+        source=str(source.path.resolve()),
+        source_bytes=stat.st_size,
+        source_mtime_ns=stat.st_mtime_ns,
+        source_dtype=head.dtype,
+        max_abs_error=measured.max_abs_error,
+        rms_relative_error=measured.rms_relative_error,
+        mpp=head.attributes.get("mpp"),
+        level0_magnification=head.attributes.get("level0_magnification"),
+        patch_size=_whole(head.attributes.get("patch_size")),
+        patch_size_level0=_whole(head.attributes.get("patch_size_level0")),
+    )
+
+
+def _write_slide(writer: ShardWriter, task: ShardTask, job: SlideJob) -> SlideRecord | Problem:
+    dtype, path = task.head.dtype, job.sources[0].path
+    try:
+        affine = _affine(job, task.head.dim) if dtype == "int8" else None
+    except SourceError as error:
+        return Problem(job.slide_id, job.encoder, str(path), error)
+    writer.begin_slide(job.slide_id, affine)
+    try:
+        bags = []
+        for source, head in zip(job.sources, job.heads, strict=True):
+            path = source.path
+            bags.append(_write_bag(writer, source, head, dtype, affine))
+    except SourceError as error:
+        writer.abandon_slide()
+        return Problem(job.slide_id, job.encoder, str(path), error)
+    return writer.end_slide(job.slide_id, task.cohort, task.folder, bags)
+
+
+@contextmanager
+def new_shard(root: Path, head: ShardRecord, slide_rows: list[int]) -> Iterator[tuple[ShardWriter, Path]]:
+    """A writer and its temporary place, locked against `sweep` and removed at the end if it is still there."""
+    temporary = root / FEATURES_DIR / head.encoder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}{SUFFIXES[head.format]}"
+    with disk_errors(root):
+        writer, held = None, nullcontext()  # type: ShardWriter | None, Any
+        try:
+            with write_lock(root):
+                writer = open_writer(temporary, head, slide_rows)
+                held = hold(temporary)
+            with held:
+                yield writer, temporary
+        finally:
+            if writer:
+                writer.close()
+            discard(temporary)
+
+
+def publish(root: Path, temporary: Path, record: ShardRecord) -> ShardRecord:
+    """Rename a finished shard into place, numbered after all others, and register it. Needs the write lock."""
+    numbers = [int(Path(shard).name.partition("-")[0]) for shard in published_shards(root)]
+    name = f"{max(numbers, default=0) + 1:06d}-{uuid.uuid4().hex[:8]}{SUFFIXES[record.format]}"
+    shard = f"{FEATURES_DIR}/{record.encoder}/{name}"
+    temporary.rename(root / shard)
+    for folder in (temporary.parent, temporary.parent.parent):
+        sync(folder)
+    record = replace(record, shard=shard)
+    catalog.register(root, [record])
+    return record
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a shard's files."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def write_shard(task: ShardTask, tell: Callable[[], None]) -> ShardDone:
+    """Write, publish and register one shard; `tell` is called after each slide.
+
+    Raises
+    ------
+    SourceError
+        With on_error="stop", at the first slide that fails.
+    StoreWriteError
+        The store cannot be written.
+    """
+    root, problems, slides = task.root, [], []
+    if sum(job.n_rows for job in task.jobs) * task.head.dim * 4 > WORTH_TORCH:
+        prefer_torch()
+    head = replace(task.head, created=datetime.now(UTC).isoformat(timespec="seconds"))
+    with new_shard(root, head, [job.n_rows for job in task.jobs]) as (writer, temporary):
+        for job in task.jobs:
+            written = _write_slide(writer, task, job)
+            if isinstance(written, SlideRecord):
+                slides.append(written)
+            elif task.on_error == "stop":
+                raise_problems([written])
+            else:
+                problems.append(written)
+            tell()
+        if not slides:
+            return ShardDone(None, 0, tuple(problems))
+        record = writer.finish(slides)
+        with write_lock(root):
+            catalog.reconcile(root)
+            known = catalog.known_bags(root, head.encoder)
+            left = [job for job in task.jobs if known.isdisjoint((job.slide_id, s.scale) for s in job.sources)]
+            if len(left) == len(task.jobs):
+                record = publish(root, temporary, record)
+                return ShardDone(record, size_on_disk(root / record.shard), tuple(problems))
+    # Another ingest of the same folder took some of these slides meanwhile: write only the others.
+    failed = {problem.slide_id for problem in problems}
+    again = replace(task, jobs=tuple(job for job in left if job.slide_id not in failed))
+    done = write_shard(again, lambda: None) if again.jobs else ShardDone(None, 0, ())
+    return replace(done, problems=(*problems, *done.problems))

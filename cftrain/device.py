@@ -1,0 +1,161 @@
+"""Bags on the device that computes: copied there as stored, made numbers there, and kept there or in RAM.
+
+int8 bags stay int8 with their scale and zero; they become float32 each time a model asks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cfstore import Bag, SlideBags
+
+_MOST_COPIES: Final = 4
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceBag:
+    """The patches of one slide at one scale: rows [N, D] as stored, and int8's scale and zero, float32 [D]."""
+
+    rows: Tensor
+    affine: tuple[Tensor, Tensor] | None = None
+
+    def features(self) -> Tensor:
+        """[N, D] in the stored float dtype; int8 as float32, equal to `Bag.dequantised`."""
+        if self.affine is None:
+            return self.rows
+        scale, zero = self.affine
+        return self.rows.to(torch.float32).mul_(scale).add_(zero)
+
+    def to(self, device: torch.device) -> DeviceBag:
+        """The bag on another device; itself where it is there already."""
+        if self.rows.device == device:
+            return self
+        rows, affine = self.rows.to(device), self.affine
+        return DeviceBag(rows, (affine[0].to(device), affine[1].to(device)) if affine else None)
+
+
+DeviceSlide = Mapping[int, DeviceBag]
+
+
+def on_device(slide: SlideBags, device: torch.device, *, keep: bool = False) -> DeviceSlide:
+    """The slide's bags on `device`; the copy may still go on (see `HostMemory`).
+
+    Parameters
+    ----------
+    keep
+        Give memory of its own also where `device` is the CPU; otherwise the CPU's are views of the slide's.
+    """
+
+    def moved(rows: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(rows).to(device, non_blocking=True, copy=keep)
+
+    def bag_of(bag: Bag) -> DeviceBag:
+        affine = (moved(bag.affine.scale), moved(bag.affine.zero)) if bag.affine else None
+        return DeviceBag(moved(bag.features), affine)
+
+    return {scale: bag_of(bag) for scale, bag in slide.bags.items()}
+
+
+class SlideCache:
+    """Slides kept on one device, up to a number of bytes; what came first stays.
+
+    Every epoch visits its slides in a new order, so throwing out the oldest would make room for
+    nothing that is needed sooner. Room is reserved before a slide is read, so that it is known
+    beforehand which slides an epoch needs from the store, also where one comes twice.
+    """
+
+    def __init__(self, device: torch.device, limit: int) -> None:
+        self.device = device
+        self._left = limit
+        self._slides: dict[str, DeviceSlide] = {}
+        self._reserved: dict[str, int] = {}
+
+    def __contains__(self, slide_id: str) -> bool:
+        return slide_id in self._slides
+
+    def __getitem__(self, slide_id: str) -> DeviceSlide:
+        return self._slides[slide_id]
+
+    def reserve(self, slide_id: str, nbytes: int) -> bool:
+        """Whether there was room for a slide of `nbytes`; it is taken then, until `put` or `release`."""
+        if nbytes > self._left or slide_id in self._reserved:
+            return False
+        self._left -= nbytes
+        self._reserved[slide_id] = nbytes
+        return True
+
+    def reserved(self, slide_id: str) -> bool:
+        """Whether room waits for the slide."""
+        return slide_id in self._reserved
+
+    def put(self, slide_id: str, slide: DeviceSlide) -> None:
+        """Keep a slide for which room was reserved; any other is let go."""
+        if self._reserved.pop(slide_id, None) is not None:
+            self._slides[slide_id] = slide
+
+    def release(self, slide_ids: Iterable[str]) -> None:
+        """Give back the room of those slides that did not come after all."""
+        for slide_id in slide_ids:
+            self._left += self._reserved.pop(slide_id, 0)
+
+
+class _Event(Protocol):
+    def query(self) -> bool: ...
+    def synchronize(self) -> None: ...
+
+
+class HostMemory:
+    """Holds slides in host memory until the device has copied them: the reader would use their memory again.
+
+    Parameters
+    ----------
+    record
+        Makes an event that is done when all copies queued so far are; None where copies are done at once.
+    """
+
+    def __init__(self, record: Callable[[], _Event] | None) -> None:
+        self._record = record
+        self._held: deque[tuple[_Event, list[SlideBags]]] = deque()
+
+    def hold(self, slides: list[SlideBags]) -> None:
+        """Hold `slides`, whose copies were queued just now."""
+        if self._record is not None and slides:
+            self._held.append((self._record(), slides))
+
+    def release(self) -> None:
+        """Let go of what is copied; waits for the oldest where too many copies are queued."""
+        while self._held and (self._held[0][0].query() or len(self._held) > _MOST_COPIES):
+            self._held[0][0].synchronize()
+            self._held.popleft()
+
+
+def host_memory(device: torch.device) -> HostMemory:
+    """`HostMemory` for copies to `device` on its current stream."""
+    if device.type != "cuda":
+        return HostMemory(None)
+
+    def record() -> _Event:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    return HostMemory(record)
+
+
+def pinned(nbytes: int) -> NDArray[np.uint8]:
+    """Page-locked memory, from which a GPU copies while the CPU goes on."""
+    memory: NDArray[np.uint8] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+    return memory
+
+
+def free_gpu(device: torch.device) -> int | None:
+    """Bytes free on the device; None if it is the CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
