@@ -13,6 +13,7 @@ import numpy as np
 
 from cfstore import catalog
 from cfstore.convert import ARRAY_DTYPE
+from cfstore.halves import WORTH_TORCH
 from cfstore.locks import discard, sweep, write_lock
 from cfstore.plan import IngestPlan, Problem, SlideJob, raise_problems
 from cfstore.processes import side_by_side
@@ -24,6 +25,7 @@ SLIDES_PER_SHARD: Final = 64
 BYTES_PER_SHARD: Final = 2 << 30
 _BYTES_PER_PROCESS: Final = 128 << 20  # less than that is written sooner than a process starts
 _MAX_PROCESSES: Final = 16
+_SHARDS_PER_PROCESS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,17 @@ def choose_jobs(plan: IngestPlan, jobs: int | None) -> int:
 
 
 def _batches(plan: IngestPlan, jobs: int) -> Iterator[tuple[SlideJob, ...]]:
-    """Slides of one encoder, as many as make one shard; at least one batch for each process."""
+    """Slides of one encoder, as many as make one shard; a few batches for each process, so that none is left over."""
     size = np.dtype(ARRAY_DTYPE[plan.dtype]).itemsize
     most = min(SLIDES_PER_SHARD, max(1, -(-len(plan.jobs) // jobs)))
+    most_bytes = BYTES_PER_SHARD
+    if jobs > 1:
+        most_bytes = min(most_bytes, max(_BYTES_PER_PROCESS, plan.feature_bytes // (_SHARDS_PER_PROCESS * jobs)))
     for encoder, dim in plan.dims.items():
         batch: list[SlideJob] = []
         total = 0
         for job in (job for job in plan.jobs if job.encoder == encoder):
-            if batch and (len(batch) == most or total + job.n_rows * dim * size > BYTES_PER_SHARD):
+            if batch and (len(batch) == most or total + job.n_rows * dim * size > most_bytes):
                 yield tuple(batch)
                 batch, total = [], 0
             batch.append(job)
@@ -110,6 +115,8 @@ def run_ingest(
     if on_error == "stop":
         raise_problems(plan.problems)
     jobs = choose_jobs(plan, jobs)
+    values = plan.feature_bytes // np.dtype(ARRAY_DTYPE[plan.dtype]).itemsize
+    load_torch = values * 4 // jobs > WORTH_TORCH
     tasks = [
         ShardTask(
             root=root,
@@ -118,8 +125,9 @@ def run_ingest(
             cohort=cohort,
             folder=plan.folder.resolve().name,
             on_error=on_error,
+            load_torch=load_torch,
         )
-        for batch in _batches(plan, jobs)
+        for batch in sorted(_batches(plan, jobs), key=lambda batch: -sum(job.n_rows for job in batch))
     ]
     done = 0
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cfstore import catalog
 from cfstore.convert import Affine, BagConverter, RangeMeter
 from cfstore.errors import SourceError, UnreadableFileError
-from cfstore.halves import WORTH_TORCH, prefer_torch
+from cfstore.halves import prefer_torch
 from cfstore.locks import discard, disk_errors, hold, write_lock
 from cfstore.parsers import BagHead, BagSource, open_bag
 from cfstore.plan import Problem, SlideJob, raise_problems
@@ -42,7 +42,10 @@ OnError = Literal["stop", "skip"]
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What to write: `head` is the shard without slides and name, `folder` the ingested folder's name."""
+    """What to write: `head` is the shard without slides and name, `folder` the ingested folder's name.
+
+    `load_torch`: the process has so much to convert that importing torch for it pays.
+    """
 
     root: Path
     head: ShardRecord
@@ -50,6 +53,7 @@ class ShardTask:
     cohort: str | None
     folder: str
     on_error: OnError
+    load_torch: bool
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ def write_shard(task: ShardTask, tell: Callable[[], None]) -> ShardDone:
         The store cannot be written.
     """
     root, problems, slides = task.root, [], []
-    if sum(job.n_rows for job in task.jobs) * task.head.dim * 4 > WORTH_TORCH:
+    if task.load_torch:
         prefer_torch()
     head = replace(task.head, created=datetime.now(UTC).isoformat(timespec="seconds"))
     with new_shard(root, head, [job.n_rows for job in task.jobs]) as (writer, temporary):
