@@ -509,7 +509,7 @@ def _table_differences(
 
 
 class _Instance:
-    """The DuckDB that all reading shares: starting one takes 30 ms, attaching a catalog to it 3 ms."""
+    """The DuckDB that all reading shares: starting one takes over 20 ms, attaching a catalog to it a few."""
 
     def __init__(self) -> None:
         self._memory: duckdb.DuckDBPyConnection | None = None
