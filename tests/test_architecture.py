@@ -50,8 +50,10 @@ FLOORS = {
     ],
     "cfkernels": [
         {"errors"},
-        {"packing", "windows"},
-        {"attention", "grouped_window_conv", "ppeg"},
+        {"dispatch", "packing"},
+        {"dropout", "triton_support", "windows"},
+        {"library"},
+        {"attention", "gelu_dropout", "grouped_window_conv", "ppeg"},
         {""},
     ],
 }  # fmt: skip

@@ -5,8 +5,20 @@ Bags are packed: the rows of all bags lie one after the other in one tensor, and
 """
 
 from cfkernels.attention import attention
-from cfkernels.errors import KernelError, ShapeError
+from cfkernels.dispatch import using
+from cfkernels.errors import KernelError, RateError, ShapeError, UnavailableError
+from cfkernels.gelu_dropout import gelu_dropout
 from cfkernels.grouped_window_conv import grouped_window_conv
 from cfkernels.ppeg import ppeg
 
-__all__ = ["KernelError", "ShapeError", "attention", "grouped_window_conv", "ppeg"]
+__all__ = [
+    "KernelError",
+    "RateError",
+    "ShapeError",
+    "UnavailableError",
+    "attention",
+    "gelu_dropout",
+    "grouped_window_conv",
+    "ppeg",
+    "using",
+]

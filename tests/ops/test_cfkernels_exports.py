@@ -4,7 +4,17 @@ import cfkernels
 
 
 def test_cfkernels_exports_exactly_its_operators_and_errors():
-    assert cfkernels.__all__ == ["KernelError", "ShapeError", "attention", "grouped_window_conv", "ppeg"]
+    assert cfkernels.__all__ == [
+        "KernelError",
+        "RateError",
+        "ShapeError",
+        "UnavailableError",
+        "attention",
+        "gelu_dropout",
+        "grouped_window_conv",
+        "ppeg",
+        "using",
+    ]
     assert all(callable(getattr(cfkernels, name)) for name in cfkernels.__all__)
 
 
