@@ -15,7 +15,7 @@ def keep_block(seed, rows, groups, stream, THRESHOLD: tl.constexpr, R: tl.conste
     c0 = (groups[None, :] + rows[:, None] * 0).to(tl.uint32)
     c1 = (rows[:, None] + groups[None, :] * 0).to(tl.uint32)
     zero = c0 * 0
-    c2 = zero + tl.to_tensor(stream).to(tl.uint32)
+    c2 = (zero + stream).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, zero, 7)
     # join adds a last axis of two: joining crosswise makes the flattened order w0, w1, w2, w3
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (R, C // 16, 4))
