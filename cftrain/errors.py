@@ -7,6 +7,7 @@
     ├── ShapeError                features, lengths or widths disagree (also ValueError)
     ├── LeakageError              a patient on both sides of a fold
     ├── NonFiniteError            a loss, gradient or prediction is NaN or Inf
+    ├── WeightsError              a file of weights that cannot be read, or is no model of ours
     └── RunError                  a run directory that cannot be written, resumed or read
 
 Messages name the slide, the setting or the file, what was found, and what to do, in one line.
@@ -41,6 +42,10 @@ class LeakageError(TrainError):
 
 class NonFiniteError(TrainError):
     """A loss, a gradient or a prediction is NaN or Inf."""
+
+
+class WeightsError(TrainError):
+    """A file of weights cannot be read, or holds no model that we know."""
 
 
 class RunError(TrainError):

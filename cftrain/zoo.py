@@ -13,10 +13,12 @@ from typing import Any, TypeAlias
 
 from cftrain.errors import ConfigError, UnknownModelError
 
+VARIANTS = ("released", "text")
+
 
 @dataclass(frozen=True)
 class CrossFusionConfig:
-    """Options of CrossFusion; the defaults are the published settings."""
+    """Options of CrossFusion and its ablations; the defaults are the published settings."""
 
     embed_dim: int = 512
     """Width of every token, a multiple of n_heads and of 2."""
@@ -28,6 +30,9 @@ class CrossFusionConfig:
     """In the feed-forward layers, and of whole channels in the Conv Processor."""
     attention_dropout: float = 0.2
     """Of self-attention probabilities, in training only. Cross-attention has none."""
+    variant: str = "released"
+    """released: residuals carry the normalised value, as the authors' code does; text: the block's input, as
+    the paper writes."""
     n_bins: int = 4
     """Intervals of time."""
 
@@ -37,6 +42,8 @@ class CrossFusionConfig:
         if self.embed_dim % self.n_heads or self.embed_dim % 2:
             found = f"embed_dim={self.embed_dim}, n_heads={self.n_heads}"
             raise ConfigError(f"crossfusion: embed_dim must be a multiple of n_heads and of 2, got {found}")
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"crossfusion: variant must be {' or '.join(VARIANTS)}, got {self.variant!r}")
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,20 @@ MODELS: Mapping[str, ModelInfo] = {
             scales=(5, 10, 20),
             reference="CrossFusion, MIDL 2026, arXiv:2503.02064; RustinS/CrossFusion @ df5473d",
             summary="Three scales; 10x patches attend to 5x and 20x, then transformers and convolutions.",
+            options=CrossFusionConfig,
+        ),
+        ModelInfo(
+            name="crossfusion-concat",
+            scales=(5, 10, 20),
+            reference="CrossFusion, ablation w/o CP; CrossFusionConcat of RustinS/CrossFusion @ df5473d",
+            summary="Ablation: the three maps concatenated in place of the Conv Processor.",
+            options=CrossFusionConfig,
+        ),
+        ModelInfo(
+            name="crossfusion-single",
+            scales=(20,),
+            reference="CrossFusion, ablation w/o F&C; CrossFusionSingle of RustinS/CrossFusion @ df5473d",
+            summary="Ablation: one scale, 20x, through the same transformers; the most expensive of the three.",
             options=CrossFusionConfig,
         ),
     )

@@ -28,7 +28,7 @@ class ABMIL(SurvivalModel):
     """
 
     def __init__(self, feature_dim: int, config: ABMILConfig) -> None:
-        super().__init__("abmil", (config.scale,), feature_dim)
+        super().__init__("abmil", (config.scale,), feature_dim, config)
         self.projection = nn.Linear(feature_dim, config.hidden_dim)
         self.attention = GatedAttention(config.hidden_dim, config.attention_dim, config.dropout)
         self.dropout = nn.Dropout(config.dropout)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cftrain.errors import MissingScaleError, ShapeError
 from cftrain.models.bags import BagBatch
 from cftrain.models.output import SurvivalOutput
+from cftrain.zoo import Options
 
 
 class SurvivalModel(nn.Module):
@@ -21,10 +22,12 @@ class SurvivalModel(nn.Module):
     """The scales it reads from a batch; others may be there."""
     feature_dim: int
     """D, the width of the features it was built for."""
+    options: Options
+    """What it was built with; `build(name, feature_dim, **asdict(options))` builds its like."""
 
-    def __init__(self, name: str, scales: tuple[int, ...], feature_dim: int) -> None:
+    def __init__(self, name: str, scales: tuple[int, ...], feature_dim: int, options: Options) -> None:
         super().__init__()
-        self.name, self.scales, self.feature_dim = name, scales, feature_dim
+        self.name, self.scales, self.feature_dim, self.options = name, scales, feature_dim, options
 
     def forward(self, batch: BagBatch) -> SurvivalOutput:
         """Predict the survival of B slides.

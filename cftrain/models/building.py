@@ -6,7 +6,13 @@ from cftrain import zoo
 from cftrain.errors import ConfigError
 from cftrain.models.abmil import ABMIL
 from cftrain.models.base import SurvivalModel
-from cftrain.models.crossfusion import CrossFusion
+from cftrain.models.crossfusion import CrossFusion, CrossFusionConcat, CrossFusionSingle
+
+CROSSFUSIONS: dict[str, type[CrossFusion] | type[CrossFusionConcat] | type[CrossFusionSingle]] = {
+    "crossfusion": CrossFusion,
+    "crossfusion-concat": CrossFusionConcat,
+    "crossfusion-single": CrossFusionSingle,
+}
 
 
 def available() -> tuple[str, ...]:
@@ -37,5 +43,5 @@ def build(name: str, feature_dim: int, **options: object) -> SurvivalModel:
     if feature_dim < 1:
         raise ConfigError(f"{name}: feature_dim must be at least 1, got {feature_dim}")
     if isinstance(config, zoo.CrossFusionConfig):
-        return CrossFusion(feature_dim, config)
+        return CROSSFUSIONS[name](feature_dim, config)
     return ABMIL(feature_dim, config)

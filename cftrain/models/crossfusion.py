@@ -19,6 +19,7 @@ Legend: B slides, N5, N10, N20 patches of a slide, D features, E embed_dim, g si
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -39,27 +40,25 @@ from cftrain.models.layers import (
 from cftrain.zoo import CrossFusionConfig
 
 COARSE, SOURCE, FINE = 5, 10, 20
+Maps = tuple[Tensor, Tensor, Tensor]
 
 
-class CrossFusion(SurvivalModel):
-    """Source patches (10x) attend to coarse (5x) and fine (20x) ones; a class token reads the fused grid."""
+class _ThreeScales(SurvivalModel):
+    """Coarse and fine brought to the source's grid by cross-attention; a fuser makes one map of the three."""
 
-    def __init__(self, feature_dim: int, config: CrossFusionConfig) -> None:
-        super().__init__("crossfusion", (COARSE, SOURCE, FINE), feature_dim)
+    def __init__(self, name: str, feature_dim: int, config: CrossFusionConfig) -> None:
+        super().__init__(name, (COARSE, SOURCE, FINE), feature_dim, config)
         E = config.embed_dim
-        sizes = (E, config.n_heads, config.n_layers, config.dropout, config.attention_dropout)
         self.coarse_projection = _input_projection(feature_dim, E)
         self.source_projection = _input_projection(feature_dim, E)
         self.fine_projection = _input_projection(feature_dim, E)
         self.coarse_cross_attention = CrossAttentionBlock(E, config.n_heads, config.dropout)
         self.fine_cross_attention = CrossAttentionBlock(E, config.n_heads, config.dropout)
-        self.coarse_transformer = PadTransformer(*sizes)
-        self.source_transformer = PadTransformer(*sizes)
-        self.fine_transformer = PadTransformer(*sizes)
-        self.conv_processor = ConvProcessor(E, config.dropout)
-        self.final_transformer = ClassTokenTransformer(*sizes)
+        self.coarse_transformer = PadTransformer(config)
+        self.source_transformer = PadTransformer(config)
+        self.fine_transformer = PadTransformer(config)
+        self.final_transformer = ClassTokenTransformer(config)
         self.head = nn.Linear(E, config.n_bins)
-        self.apply(_initialise)
 
     def logits(self, batch: BagBatch) -> Tensor:
         """Log-odds of the hazards: [B, K]."""
@@ -74,8 +73,63 @@ class CrossFusion(SurvivalModel):
         source = self.source_transformer(source, n[SOURCE])
         fine = self.fine_transformer(fine, n[SOURCE])
         grids = square_grids(n[SOURCE])
-        mixed = self.conv_processor(source, fine, coarse, grids)
-        logits_BK: Tensor = self.head(self.final_transformer(mixed, grids))
+        fused = self.fuse((source, fine, coarse), grids)
+        logits_BK: Tensor = self.head(self.final_transformer(fused, grids))
+        return logits_BK
+
+    @abstractmethod
+    def fuse(self, maps: Maps, grids: Lengths) -> Tensor:
+        """Make one map of (source, fine, coarse): 3 x [sum g², E] to [sum g², E]."""
+
+
+class CrossFusion(_ThreeScales):
+    """Source patches (10x) attend to coarse (5x) and fine (20x) ones; a class token reads the fused grid."""
+
+    def __init__(self, feature_dim: int, config: CrossFusionConfig) -> None:
+        super().__init__("crossfusion", feature_dim, config)
+        self.conv_processor = ConvProcessor(config.embed_dim, config.dropout, n_maps=3)
+        self.apply(_initialise)
+
+    def fuse(self, maps: Maps, grids: Lengths) -> Tensor:
+        """Fuse by the Conv Processor."""
+        fused: Tensor = self.conv_processor(maps, grids)
+        return fused
+
+
+class CrossFusionConcat(_ThreeScales):
+    """The ablation "w/o CP": LN(W [source | fine | coarse]) in place of the Conv Processor."""
+
+    def __init__(self, feature_dim: int, config: CrossFusionConfig) -> None:
+        super().__init__("crossfusion-concat", feature_dim, config)
+        self.concatenation = nn.Linear(3 * config.embed_dim, config.embed_dim)
+        self.concatenation_norm = nn.LayerNorm(config.embed_dim)
+        self.apply(_initialise)
+
+    def fuse(self, maps: Maps, grids: Lengths) -> Tensor:
+        """Fuse by concatenating channels."""
+        fused: Tensor = self.concatenation_norm(self.concatenation(torch.cat(maps, dim=1)))
+        return fused
+
+
+class CrossFusionSingle(SurvivalModel):
+    """The ablation "w/o F&C": 20x patches alone, through one Pad-Transformer and a Conv Processor of one map."""
+
+    def __init__(self, feature_dim: int, config: CrossFusionConfig) -> None:
+        super().__init__("crossfusion-single", (FINE,), feature_dim, config)
+        self.source_projection = _input_projection(feature_dim, config.embed_dim)
+        self.source_transformer = PadTransformer(config)
+        self.conv_processor = ConvProcessor(config.embed_dim, config.dropout, n_maps=1)
+        self.final_transformer = ClassTokenTransformer(config)
+        self.head = nn.Linear(config.embed_dim, config.n_bins)
+        self.apply(_initialise)
+
+    def logits(self, batch: BagBatch) -> Tensor:
+        """Log-odds of the hazards: [B, K]."""
+        lengths = batch.lengths[FINE]
+        source = self.source_transformer(self.source_projection(self.rows(batch, FINE)), lengths)
+        grids = square_grids(lengths)
+        fused = self.conv_processor((source,), grids)
+        logits_BK: Tensor = self.head(self.final_transformer(fused, grids))
         return logits_BK
 
 
@@ -106,21 +160,24 @@ class CrossAttentionBlock(nn.Module):
 
 
 class ConvProcessor(nn.Module):
-    """Conv Processor (CP): three maps mixed, then windows over the mix: 3 x [sum g², E] to [sum g², E]."""
+    """Conv Processor (CP): maps mixed where there are several, then windows over the mix, to [sum g², E]."""
 
-    def __init__(self, embed_dim: int, dropout: float) -> None:
+    def __init__(self, embed_dim: int, dropout: float, n_maps: int) -> None:
         super().__init__()
         half = embed_dim // 2
         self.dropout = dropout
-        self.mix_weight = nn.Parameter(torch.empty(3))
-        self.mix_bias = nn.Parameter(torch.empty(1))
+        if n_maps > 1:
+            self.mix_weight = nn.Parameter(torch.empty(n_maps))
+            self.mix_bias = nn.Parameter(torch.empty(1))
         self.conv7, self.conv5, self.conv3, self.conv1 = (Window(half, 2, side) for side in (7, 5, 3, 1))
         self.linear = nn.Linear(half, embed_dim)
         self.norm = nn.LayerNorm(embed_dim)
 
-    def forward(self, source: Tensor, fine: Tensor, coarse: Tensor, grids: Lengths) -> Tensor:
-        w_source, w_fine, w_coarse = self.mix_weight.unbind()
-        mixed = w_source * source + w_fine * fine + w_coarse * coarse + self.mix_bias
+    def forward(self, maps: tuple[Tensor, ...], grids: Lengths) -> Tensor:
+        mixed = maps[0]
+        if len(maps) > 1:
+            weighted = [w * x for w, x in zip(self.mix_weight.unbind(), maps, strict=True)]
+            mixed = sum(weighted[1:], weighted[0]) + self.mix_bias
         c7, c5, c3, c1 = self.conv7, self.conv5, self.conv3, self.conv1
         windows = (c7.weight, c7.bias, c5.weight, c5.bias, c3.weight, c3.bias, c1.weight, c1.bias)
         x = torch.relu(grouped_window_conv(mixed, *windows, grid_sizes=grids))
@@ -143,7 +200,7 @@ def _initialise(module: nn.Module) -> None:
     elif isinstance(module, Window):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(module.bias)
-    elif isinstance(module, ConvProcessor):
+    elif isinstance(module, ConvProcessor) and hasattr(module, "mix_weight"):
         nn.init.normal_(module.mix_weight, std=math.sqrt(2))
         nn.init.zeros_(module.mix_bias)
     elif isinstance(module, CrossAttentionBlock):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cfkernels import attention, ppeg
+from cftrain.zoo import CrossFusionConfig
 
 Lengths = tuple[int, ...]
 
@@ -68,27 +69,31 @@ class FeedForward(nn.Sequential):
 
 
 class Block(nn.Module):
-    """A transformer block whose residual stream is the *normalised* value, as released.
+    """A transformer block: attention, then feed-forward, each after a layer norm and with a residual.
 
-    y = LN(x),  y = y + Attention(y),  z = LN(y),  z + FF(z)
+    released:  y = LN(x),  y = y + Attention(y),  z = LN(y),  z + FF(z): the residual is the *normalised* value
+    text:      y = x + Attention(LN(x)),  y + FF(LN(y)): it is the block's input
     """
 
-    def __init__(self, embed_dim: int, n_heads: int, dropout: float, attention_dropout: float) -> None:
+    def __init__(self, config: CrossFusionConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(embed_dim)
-        self.attention = Attention(embed_dim, n_heads, attention_dropout)
-        self.feed_forward_norm = nn.LayerNorm(embed_dim)
-        self.feed_forward = FeedForward(embed_dim, dropout)
+        E = config.embed_dim
+        self.residual_is_normalised = config.variant == "released"
+        self.attention_norm = nn.LayerNorm(E)
+        self.attention = Attention(E, config.n_heads, config.attention_dropout)
+        self.feed_forward_norm = nn.LayerNorm(E)
+        self.feed_forward = FeedForward(E, config.dropout)
 
     def forward(self, x: Tensor, lengths: Lengths, *, first_only: bool = False) -> Tensor:
         """Map [T, E] to [T, E], or to the first row of each bag, [B, E], where nobody reads the others."""
         context = self.attention_norm(x)
-        y, q_lengths = context, lengths
+        query, q_lengths = context, lengths
         if first_only:
-            y, q_lengths = first_rows(context, lengths), (1,) * len(lengths)
-        y = y + self.attention(y, context, q_lengths, lengths)
+            x, query, q_lengths = first_rows(x, lengths), first_rows(context, lengths), (1,) * len(lengths)
+        attended = self.attention(query, context, q_lengths, lengths)
+        y = attended + (query if self.residual_is_normalised else x)
         z = self.feed_forward_norm(y)
-        out: Tensor = z + self.feed_forward(z)
+        out: Tensor = (z if self.residual_is_normalised else y) + self.feed_forward(z)
         return out
 
 
@@ -118,16 +123,12 @@ class PPEG(nn.Module):
 class GridTransformer(nn.Module):
     """Blocks, position encoding, blocks, layer norm: what both kinds of transformer are made of."""
 
-    def __init__(self, embed_dim: int, n_heads: int, n_layers: int, dropout: float, attention_dropout: float) -> None:
+    def __init__(self, config: CrossFusionConfig) -> None:
         super().__init__()
-
-        def blocks() -> nn.ModuleList:
-            return nn.ModuleList(Block(embed_dim, n_heads, dropout, attention_dropout) for _ in range(n_layers))
-
-        self.pre = blocks()
-        self.ppeg = PPEG(embed_dim)
-        self.post = blocks()
-        self.norm = nn.LayerNorm(embed_dim)
+        self.pre = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ppeg = PPEG(config.embed_dim)
+        self.post = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.embed_dim)
 
 
 class PadTransformer(GridTransformer):
@@ -152,9 +153,9 @@ class ClassTokenTransformer(GridTransformer):
     The last block computes the class token's row only, an exact saving.
     """
 
-    def __init__(self, embed_dim: int, n_heads: int, n_layers: int, dropout: float, attention_dropout: float) -> None:
-        super().__init__(embed_dim, n_heads, n_layers, dropout, attention_dropout)
-        self.class_token = nn.Parameter(torch.empty(embed_dim))
+    def __init__(self, config: CrossFusionConfig) -> None:
+        super().__init__(config)
+        self.class_token = nn.Parameter(torch.empty(config.embed_dim))
 
     def forward(self, x: Tensor, grids: Lengths) -> Tensor:
         lengths = tuple(1 + side * side for side in grids)

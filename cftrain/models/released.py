@@ -1,6 +1,7 @@
 """Weights of the released code, RustinS/CrossFusion @ df5473d, under our names.
 
-`place` says where one released tensor lives in our model; `from_released` converts a state dict.
+`released_model` builds the model that a state dict belongs to; `place` says where one released tensor lives in
+it, and `from_released` converts them all.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cftrain.errors import ShapeError
+from cftrain.errors import WeightsError
 from cftrain.models.base import SurvivalModel
+from cftrain.models.building import build
 
 _RENAMED = (
     (r"^cls_token$", "final_transformer.class_token"),
@@ -24,12 +26,17 @@ _RENAMED = (
     (r"^conv_processor\.conv_block\.0\.", "conv_processor."),
     (r"^conv_processor\.linear\.0\.", "conv_processor.linear."),
     (r"^conv_processor\.linear\.1\.", "conv_processor.norm."),
-    (r"^([csf])_lin_proj\.", r"\1_projection."),
-    (r"^([csf])_cross_attn\.scale_embeddings$", r"\1_cross_attention.scale_embedding"),
-    (r"^([csf])_cross_attn\.", r"\1_cross_attention.attention."),
-    (r"^([csf])_cross_attn_ln\.", r"\1_cross_attention.norm."),
-    (r"^([csf])_cross_attn_ffn\.net\.", r"\1_cross_attention.feed_forward."),
-    (r"^([csf])_transformer_ln\.", r"\1_transformer.norm."),
+    (r"^c_", "coarse_"),
+    (r"^s_", "source_"),
+    (r"^f_", "fine_"),
+    (r"^(coarse|source|fine)_(lin_proj|pre_cross_attn)\.", r"\1_projection."),
+    (r"^(coarse|fine)_cross_attn\.scale_embeddings$", r"\1_cross_attention.scale_embedding"),
+    (r"^(coarse|fine)_cross_attn\.", r"\1_cross_attention.attention."),
+    (r"^(coarse|fine)_cross_attn_ln\.", r"\1_cross_attention.norm."),
+    (r"^(coarse|fine)_cross_attn_ffn\.net\.", r"\1_cross_attention.feed_forward."),
+    (r"^(coarse|source|fine)_(transformer_)?ln\.", r"\1_transformer.norm."),
+    (r"^pre_final_linear\.0\.", "concatenation."),
+    (r"^pre_final_linear\.1\.", "concatenation_norm."),
     (r"\.(pre|post)_layers\.layers\.(\d+)\.0\.", r".\1.\2.attention_norm."),
     (r"\.(pre|post)_layers\.layers\.(\d+)\.1\.", r".\1.\2.attention."),
     (r"\.(pre|post)_layers\.layers\.(\d+)\.2\.", r".\1.\2.feed_forward_norm."),
@@ -39,9 +46,6 @@ _RENAMED = (
     (r"\.proj2\.", ".conv3."),
     (r"\.q_proj\.", ".query."),
     (r"\.out_proj\.", ".out."),
-    (r"^c_", "coarse_"),
-    (r"^s_", "source_"),
-    (r"^f_", "fine_"),
     # gated attention pooling (AMIL)
     (r"^attention_net\.0\.", "projection."),
     (r"^attention_net\.2\.attention_a\.0\.", "attention.content."),
@@ -72,11 +76,11 @@ def place(released: str) -> Place:
 
 
 def from_released(state: Mapping[str, Tensor], model: SurvivalModel) -> dict[str, Tensor]:
-    """Convert a released CrossFusion or AMIL state dict to one that `model.load_state_dict` takes.
+    """Convert a released state dict to one that `model.load_state_dict` takes.
 
     Raises
     ------
-    ShapeError
+    WeightsError
         The released tensors are not those of this model, at these sizes.
     """
     parts: dict[str, list[Tensor]] = {}
@@ -84,11 +88,64 @@ def from_released(state: Mapping[str, Tensor], model: SurvivalModel) -> dict[str
         parts.setdefault(place(key).name, []).append(state[key])
     own = model.state_dict()
     if parts.keys() != own.keys():
-        raise ShapeError(f"released weights do not name what {model.name} has: {sorted(parts.keys() ^ own.keys())}")
-    return {name: _fitted(name, torch.cat(parts[name]), own[name]) for name in own}
+        odd = ", ".join(sorted(parts.keys() ^ own.keys()))
+        raise WeightsError(f"the released weights and {model.name} do not have the same tensors: {odd}")
+    return {name: _fitted(name, parts[name], own[name]) for name in own}
 
 
-def _fitted(name: str, released: Tensor, own: Tensor) -> Tensor:
-    if released.numel() != own.numel():
-        raise ShapeError(f"{name}: the released tensor has {released.numel()} values, ours {list(own.shape)}")
-    return released.reshape(own.shape)
+def _fitted(name: str, released: list[Tensor], own: Tensor) -> Tensor:
+    tensor = torch.cat(released)
+    if tensor.numel() != own.numel():
+        found = " + ".join(str(list(part.shape)) for part in released)
+        raise WeightsError(f"{name}: the released tensor is {found}, ours {list(own.shape)}")
+    return tensor.reshape(own.shape)
+
+
+def released_model(state: Mapping[str, Tensor], *, n_heads: int = 4) -> SurvivalModel:
+    """Build the model that a released state dict belongs to, with its weights, in evaluation mode.
+
+    Model and sizes are read from the tensors. The number of heads leaves no trace in them.
+
+    Raises
+    ------
+    WeightsError
+        No model of ours has these tensors; names those that differ.
+    ConfigError
+        The width is no multiple of n_heads.
+    """
+    state = {key.removeprefix("module."): value for key, value in state.items()}  # DataParallel adds it
+    name, feature_dim, options = _sizes(state, n_heads)
+    model = build(name, feature_dim, **options)
+    model.load_state_dict(from_released(state, model))
+    return model.eval()
+
+
+def _sizes(state: Mapping[str, Tensor], n_heads: int) -> tuple[str, int, dict[str, int]]:
+    """The model's name, its feature_dim and the options that its tensors tell."""
+    if "attention_net.0.weight" in state and "classifiers.weight" in state:
+        hidden_dim, feature_dim = state["attention_net.0.weight"].shape
+        attention_dim = len(state["attention_net.2.attention_a.0.bias"])
+        options = {"hidden_dim": hidden_dim, "attention_dim": attention_dim, "n_bins": len(state["classifiers.bias"])}
+        return "abmil", feature_dim, options
+    if "final_ln.weight" not in state or "mlp_head.0.bias" not in state:
+        some = ", ".join(sorted(state)[:5])
+        raise WeightsError(
+            f"no released CrossFusion (or ablation, or AMIL) has these {len(state)} tensors: {some}, ..."
+        )
+    embed_dim = len(state["final_ln.weight"])
+    layers = {found[1] for key in state if (found := re.match(r"final_transformer\.pre_layers\.layers\.(\d+)\.", key))}
+    projections = (f"{part}.0.weight" for part in ("s_lin_proj", "source_pre_cross_attn"))
+    widths = [state[key].shape[1] for key in projections if key in state]
+    options = {
+        "embed_dim": embed_dim,
+        "n_heads": n_heads,
+        "n_layers": len(layers),
+        "n_bins": len(state["mlp_head.0.bias"]),
+    }
+    return _kind(state), widths[0] if widths else embed_dim, options
+
+
+def _kind(state: Mapping[str, Tensor]) -> str:
+    if "pre_final_linear.0.weight" in state:
+        return "crossfusion-concat"
+    return "crossfusion" if "conv_processor.conv3d.weight" in state else "crossfusion-single"
