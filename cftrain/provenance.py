@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cfkernels import explain
 from cftrain.config import DataConfig
 from cftrain.data import RunData
 
@@ -97,6 +98,7 @@ def collect(
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "device": device_name(device),
+        "kernels": {row.op: row.implementation for row in explain(device).rows},
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
         **_origin(data, config.where, config.shards),

@@ -51,9 +51,11 @@ FLOORS = {
     "cfkernels": [
         {"errors"},
         {"dispatch", "packing"},
-        {"dropout", "triton_support", "windows"},
-        {"library"},
-        {"attention", "gelu_dropout", "grouped_window_conv", "ppeg"},
+        {"dropout", "triton_support"},
+        {"library", "windows"},
+        {"attention", "dropout_add", "gelu_dropout", "grouped_window_conv", "layer_norm", "mix_layer_norms", "ppeg"},
+        {"attention_column_sums"},
+        {"explain"},
         {""},
     ],
 }  # fmt: skip

@@ -1,9 +1,10 @@
 """Survival models on bags of patches: `build` one by name, give it a `BagBatch`, get a `SurvivalOutput`."""
 
+from cftrain.models.attention_maps import attention_maps
 from cftrain.models.bags import BagBatch
 from cftrain.models.base import SurvivalModel
 from cftrain.models.building import available, build
 from cftrain.models.output import SurvivalOutput
 from cftrain.zoo import ModelInfo
 
-__all__ = ["BagBatch", "ModelInfo", "SurvivalModel", "SurvivalOutput", "available", "build"]
+__all__ = ["BagBatch", "ModelInfo", "SurvivalModel", "SurvivalOutput", "attention_maps", "available", "build"]

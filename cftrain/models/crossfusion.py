@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cfkernels import grouped_window_conv
+from cfkernels import grouped_window_conv, mix_layer_norms
 from cftrain.models.bags import BagBatch
 from cftrain.models.base import SurvivalModel
 from cftrain.models.layers import (
     Attention,
     ClassTokenTransformer,
     FeedForward,
+    LayerNorm,
     Lengths,
     PadTransformer,
     Window,
@@ -40,7 +41,6 @@ from cftrain.models.layers import (
 from cftrain.zoo import CrossFusionConfig
 
 COARSE, SOURCE, FINE = 5, 10, 20
-Maps = tuple[Tensor, Tensor, Tensor]
 
 
 class _ThreeScales(SurvivalModel):
@@ -73,13 +73,14 @@ class _ThreeScales(SurvivalModel):
         source = self.source_transformer(source, n[SOURCE])
         fine = self.fine_transformer(fine, n[SOURCE])
         grids = square_grids(n[SOURCE])
-        fused = self.fuse((source, fine, coarse), grids)
+        norms = (self.source_transformer.norm, self.fine_transformer.norm, self.coarse_transformer.norm)
+        fused = self.fuse((source, fine, coarse), norms, grids)
         logits_BK: Tensor = self.head(self.final_transformer(fused, grids))
         return logits_BK
 
     @abstractmethod
-    def fuse(self, maps: Maps, grids: Lengths) -> Tensor:
-        """Make one map of (source, fine, coarse): 3 x [sum g², E] to [sum g², E]."""
+    def fuse(self, maps: tuple[Tensor, ...], norms: tuple[LayerNorm, ...], grids: Lengths) -> Tensor:
+        """Make one map of (source, fine, coarse), each behind its norm: 3 x [sum g², E] to [sum g², E]."""
 
 
 class CrossFusion(_ThreeScales):
@@ -90,9 +91,9 @@ class CrossFusion(_ThreeScales):
         self.conv_processor = ConvProcessor(config.embed_dim, config.dropout, n_maps=3)
         self.apply(_initialise)
 
-    def fuse(self, maps: Maps, grids: Lengths) -> Tensor:
+    def fuse(self, maps: tuple[Tensor, ...], norms: tuple[LayerNorm, ...], grids: Lengths) -> Tensor:
         """Fuse by the Conv Processor."""
-        fused: Tensor = self.conv_processor(maps, grids)
+        fused: Tensor = self.conv_processor(maps, norms, grids)
         return fused
 
 
@@ -102,12 +103,13 @@ class CrossFusionConcat(_ThreeScales):
     def __init__(self, feature_dim: int, config: CrossFusionConfig) -> None:
         super().__init__("crossfusion-concat", feature_dim, config)
         self.concatenation = nn.Linear(3 * config.embed_dim, config.embed_dim)
-        self.concatenation_norm = nn.LayerNorm(config.embed_dim)
+        self.concatenation_norm = LayerNorm(config.embed_dim)
         self.apply(_initialise)
 
-    def fuse(self, maps: Maps, grids: Lengths) -> Tensor:
+    def fuse(self, maps: tuple[Tensor, ...], norms: tuple[LayerNorm, ...], grids: Lengths) -> Tensor:
         """Fuse by concatenating channels."""
-        fused: Tensor = self.concatenation_norm(self.concatenation(torch.cat(maps, dim=1)))
+        normed = torch.cat([norm(x) for norm, x in zip(norms, maps, strict=True)], dim=1)
+        fused: Tensor = self.concatenation_norm(self.concatenation(normed))
         return fused
 
 
@@ -128,7 +130,7 @@ class CrossFusionSingle(SurvivalModel):
         lengths = batch.lengths[FINE]
         source = self.source_transformer(self.source_projection(self.rows(batch, FINE)), lengths)
         grids = square_grids(lengths)
-        fused = self.conv_processor((source,), grids)
+        fused = self.conv_processor((source,), (self.source_transformer.norm,), grids)
         logits_BK: Tensor = self.head(self.final_transformer(fused, grids))
         return logits_BK
 
@@ -136,7 +138,7 @@ class CrossFusionSingle(SurvivalModel):
 def _input_projection(feature_dim: int, embed_dim: int) -> nn.Module:
     if feature_dim == embed_dim:
         return nn.Identity()
-    return nn.Sequential(nn.Linear(feature_dim, embed_dim), nn.LayerNorm(embed_dim))
+    return nn.Sequential(nn.Linear(feature_dim, embed_dim), LayerNorm(embed_dim))
 
 
 class CrossAttentionBlock(nn.Module):
@@ -149,13 +151,13 @@ class CrossAttentionBlock(nn.Module):
         super().__init__()
         self.scale_embedding = nn.Parameter(torch.empty(embed_dim))
         self.attention = Attention(embed_dim, n_heads, dropout=0.0)
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = LayerNorm(embed_dim)
         self.feed_forward = FeedForward(embed_dim, dropout)
 
     def forward(self, source: Tensor, context: Tensor, n_source: Lengths, n_context: Lengths) -> Tensor:
         attended = self.attention(source, context, n_source, n_context, shift=self.scale_embedding)
-        u = self.norm(source + attended)
-        out: Tensor = u + self.feed_forward(u)
+        u = self.norm(attended, source)
+        out: Tensor = self.feed_forward(u, u)
         return out
 
 
@@ -171,25 +173,25 @@ class ConvProcessor(nn.Module):
             self.mix_bias = nn.Parameter(torch.empty(1))
         self.conv7, self.conv5, self.conv3, self.conv1 = (Window(half, 2, side) for side in (7, 5, 3, 1))
         self.linear = nn.Linear(half, embed_dim)
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = LayerNorm(embed_dim)
 
-    def forward(self, maps: tuple[Tensor, ...], grids: Lengths) -> Tensor:
-        mixed = maps[0]
+    def forward(self, maps: tuple[Tensor, ...], norms: tuple[LayerNorm, ...], grids: Lengths) -> Tensor:
         if len(maps) > 1:
-            weighted = [w * x for w, x in zip(self.mix_weight.unbind(), maps, strict=True)]
-            mixed = sum(weighted[1:], weighted[0]) + self.mix_bias
+            weights, biases = tuple(norm.weight for norm in norms), tuple(norm.bias for norm in norms)
+            mixed = mix_layer_norms(maps, weights, biases, self.mix_weight, self.mix_bias, eps=norms[0].eps)
+        else:
+            mixed = norms[0](maps[0])
         c7, c5, c3, c1 = self.conv7, self.conv5, self.conv3, self.conv1
         windows = (c7.weight, c7.bias, c5.weight, c5.bias, c3.weight, c3.bias, c1.weight, c1.bias)
-        x = torch.relu(grouped_window_conv(mixed, *windows, grid_sizes=grids))
-        out: Tensor = self.norm(self.linear(self._drop_channels(x, grids)))
+        x = grouped_window_conv(mixed, *windows, grid_sizes=grids, channel_scale=self._channel_scale(mixed, grids))
+        out: Tensor = self.norm(self.linear(x))
         return out
 
-    def _drop_channels(self, x: Tensor, grids: Lengths) -> Tensor:
-        """Dropout of whole channels, drawn for each bag, in training."""
+    def _channel_scale(self, x: Tensor, grids: Lengths) -> Tensor | None:
+        """Dropout of whole channels, drawn for each bag, in training: [B, E / 2] of 0 or 1 / (1 - p)."""
         if not self.training or self.dropout == 0:
-            return x
-        bags = torch.split(x, [side * side for side in grids])
-        return torch.cat([rows * functional.dropout(rows.new_ones(rows.shape[1]), self.dropout) for rows in bags])
+            return None
+        return functional.dropout(x.new_ones(len(grids), x.shape[1] // 2, dtype=torch.float32), self.dropout)
 
 
 def _initialise(module: nn.Module) -> None:

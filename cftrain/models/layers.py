@@ -7,15 +7,26 @@ Everything row-wise runs on all bags at once; `lengths` and `grids` tell the bag
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cfkernels import attention, ppeg
+from cfkernels import (
+    attention,
+    attention_and_lse,
+    attention_column_sums,
+    dropout_add,
+    gelu_dropout,
+    layer_norm,
+    ppeg,
+)
 from cftrain.zoo import CrossFusionConfig
 
 Lengths = tuple[int, ...]
+Recorder = Callable[[Tensor, Lengths, Lengths], None]
+"""Takes the column sums of one attention, [H, T_k], and the rows of each bag in queries and keys."""
 
 
 class Attention(nn.Module):
@@ -28,6 +39,7 @@ class Attention(nn.Module):
     def __init__(self, embed_dim: int, n_heads: int, dropout: float) -> None:
         super().__init__()
         self.n_heads, self.dropout = n_heads, dropout
+        self.recorder: Recorder | None = None
         self.query = nn.Linear(embed_dim, embed_dim)
         self.key_value = nn.Linear(embed_dim, 2 * embed_dim)
         self.out = nn.Linear(embed_dim, embed_dim)
@@ -44,7 +56,13 @@ class Attention(nn.Module):
         q = _project(x, self.query, shift).view(len(x), self.n_heads, -1)
         k, v = _project(context, self.key_value, shift).view(len(context), 2, self.n_heads, -1).unbind(1)
         dropout_p = self.dropout if self.training else 0.0
-        y = attention(q, k, v, q_lengths=q_lengths, kv_lengths=kv_lengths, dropout_p=dropout_p)
+        if self.recorder is None:
+            y = attention(q, k, v, q_lengths=q_lengths, kv_lengths=kv_lengths, dropout_p=dropout_p)
+        else:
+            y, lse = attention_and_lse(q, k, v, q_lengths=q_lengths, kv_lengths=kv_lengths, dropout_p=dropout_p)
+            self.recorder(
+                attention_column_sums(q, k, lse, q_lengths=q_lengths, kv_lengths=kv_lengths), q_lengths, kv_lengths
+            )
         out: Tensor = self.out(y.flatten(1))
         return out
 
@@ -55,23 +73,32 @@ def _project(x: Tensor, linear: nn.Linear, shift: Tensor | None) -> Tensor:
     return functional.linear(x, linear.weight, bias)
 
 
-class FeedForward(nn.Sequential):
-    """Linear E to 2E, GELU (erf), dropout, Linear 2E to E, dropout."""
+class LayerNorm(nn.LayerNorm):
+    """LN(x + residual) of each row, in the dtype of x, under autocast too."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, residual=residual, eps=self.eps)
+
+
+class FeedForward(nn.Module):
+    """residual + FF(x), FF = Linear E to 2E, GELU (erf), dropout, Linear 2E to E, dropout: [T, E] to [T, E]."""
 
     def __init__(self, embed_dim: int, dropout: float) -> None:
-        super().__init__(
-            nn.Linear(embed_dim, 2 * embed_dim),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(2 * embed_dim, embed_dim),
-            nn.Dropout(dropout),
-        )
+        super().__init__()
+        self.dropout = dropout
+        self.up = nn.Linear(embed_dim, 2 * embed_dim)
+        self.down = nn.Linear(2 * embed_dim, embed_dim)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        rate = self.dropout if self.training else 0.0
+        hidden = gelu_dropout(self.up(x), dropout_p=rate)
+        return dropout_add(self.down(hidden), residual, dropout_p=rate)
 
 
 class Block(nn.Module):
     """A transformer block: attention, then feed-forward, each after a layer norm and with a residual.
 
-    released:  y = LN(x),  y = y + Attention(y),  z = LN(y),  z + FF(z): the residual is the *normalised* value
+    released:  y = LN(x),  z = LN(y + Attention(y)),  z + FF(z): the residual is the *normalised* value
     text:      y = x + Attention(LN(x)),  y + FF(LN(y)): it is the block's input
     """
 
@@ -79,9 +106,9 @@ class Block(nn.Module):
         super().__init__()
         E = config.embed_dim
         self.residual_is_normalised = config.variant == "released"
-        self.attention_norm = nn.LayerNorm(E)
+        self.attention_norm = LayerNorm(E)
         self.attention = Attention(E, config.n_heads, config.attention_dropout)
-        self.feed_forward_norm = nn.LayerNorm(E)
+        self.feed_forward_norm = LayerNorm(E)
         self.feed_forward = FeedForward(E, config.dropout)
 
     def forward(self, x: Tensor, lengths: Lengths, *, first_only: bool = False) -> Tensor:
@@ -91,9 +118,12 @@ class Block(nn.Module):
         if first_only:
             x, query, q_lengths = first_rows(x, lengths), first_rows(context, lengths), (1,) * len(lengths)
         attended = self.attention(query, context, q_lengths, lengths)
-        y = attended + (query if self.residual_is_normalised else x)
-        z = self.feed_forward_norm(y)
-        out: Tensor = (z if self.residual_is_normalised else y) + self.feed_forward(z)
+        if self.residual_is_normalised:
+            z = self.feed_forward_norm(attended, query)
+            out: Tensor = self.feed_forward(z, z)
+        else:
+            y = x + attended
+            out = self.feed_forward(self.feed_forward_norm(y), y)
         return out
 
 
@@ -128,11 +158,14 @@ class GridTransformer(nn.Module):
         self.pre = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ppeg = PPEG(config.embed_dim)
         self.post = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.LayerNorm(config.embed_dim)
+        self.norm = LayerNorm(config.embed_dim)
 
 
 class PadTransformer(GridTransformer):
-    """Pad-Transformer (PT): each bag padded to a square, then encoded: [sum N_b, E] to [sum g_b², E]."""
+    """Pad-Transformer (PT): each bag padded to a square, then encoded: [sum N_b, E] to [sum g_b², E].
+
+    Its last layer norm is left to who reads the map: the Conv Processor applies three of them in one pass.
+    """
 
     def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
         grids = square_grids(lengths)
@@ -143,19 +176,19 @@ class PadTransformer(GridTransformer):
         x = self.ppeg(x, grids)
         for block in self.post:
             x = block(x, squares)
-        out: Tensor = self.norm(x)
-        return out
+        return x
 
 
 class ClassTokenTransformer(GridTransformer):
     """The final transformer: a class token before each square grid, read at the end: [sum g_b², E] to [B, E].
 
-    The last block computes the class token's row only, an exact saving.
+    The last block computes the class token's row only, an exact saving, unless `every_row` is set.
     """
 
     def __init__(self, config: CrossFusionConfig) -> None:
         super().__init__(config)
         self.class_token = nn.Parameter(torch.empty(config.embed_dim))
+        self.every_row = False
 
     def forward(self, x: Tensor, grids: Lengths) -> Tensor:
         lengths = tuple(1 + side * side for side in grids)
@@ -167,7 +200,8 @@ class ClassTokenTransformer(GridTransformer):
         x = self.ppeg(x, grids, prefix=1)
         for block in self.post[:-1]:
             x = block(x, lengths)
-        out: Tensor = self.norm(self.post[-1](x, lengths, first_only=True))
+        x = self.post[-1](x, lengths, first_only=not self.every_row)
+        out: Tensor = self.norm(first_rows(x, lengths) if self.every_row else x)
         return out
 
 

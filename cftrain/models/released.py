@@ -41,6 +41,8 @@ _RENAMED = (
     (r"\.(pre|post)_layers\.layers\.(\d+)\.1\.", r".\1.\2.attention."),
     (r"\.(pre|post)_layers\.layers\.(\d+)\.2\.", r".\1.\2.feed_forward_norm."),
     (r"\.(pre|post)_layers\.layers\.(\d+)\.3\.net\.", r".\1.\2.feed_forward."),
+    (r"\.feed_forward\.0\.", ".feed_forward.up."),
+    (r"\.feed_forward\.3\.", ".feed_forward.down."),
     (r"\.proj\.", ".conv7."),
     (r"\.proj1\.", ".conv5."),
     (r"\.proj2\.", ".conv3."),

@@ -1,6 +1,7 @@
 """The ops as PyTorch knows them: `torch.ops.cfkernels.*`, for torch.compile, fake tensors and autograd.
 
-Only what launches Triton kernels is registered; everything else is PyTorch already.
+`register` is for what launches Triton kernels. What computes in PyTorch, but is no graph to be traced, registers
+itself as a `torch.library.custom_op`.
 """
 
 from __future__ import annotations

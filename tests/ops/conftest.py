@@ -10,20 +10,9 @@ interpreter.mend()
 
 
 @pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """`torch.empty`, `empty_like` and `new_empty` filled with NaN, or the largest integer."""
-
-    def poisoned(make):
-        def call(*args, **kwargs):
-            x = make(*args, **kwargs)
-            if x.is_meta or not isinstance(x, torch.Tensor) or type(x) is not torch.Tensor:
-                return x
-            if x.dtype == torch.bool:
-                return x.fill_(True)
-            return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
-
-        return call
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+def poisoned_outputs():
+    """`torch.empty` and its like give NaN, or the largest integer: PyTorch's own check for uninitialised memory."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,7 +1,8 @@
-"""Mends Triton's interpreter where it is wrong, for tests: bfloat16, and masks made of one truth value.
+"""Mends Triton's interpreter where it is wrong, for tests: bfloat16, masks made of one truth value, loop bounds.
 
 The interpreter keeps bfloat16 as its bits in uint16. Its dot multiplies those bits (triton-lang/triton#11584), its
 casts from float32 cut instead of rounding to nearest even, and a scalar condition spread over a block is no mask.
+Triton 3.6 cannot use a loaded number in `range`: numpy from 2.4 on makes no int of an array with one dimension.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+_patch_tensor = interpreter._patch_lang_tensor
 _dot, _cast, _splat = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl, InterpreterBuilder.create_splat
 
 
@@ -41,8 +43,14 @@ def _create_splat(self, shape, value):
     return _splat(self, shape, value)
 
 
+def _patch_lang_tensor(tensor, scope):
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
 def mend() -> None:
     """Install the repairs, and make the interpreter check its integers for overflow."""
+    interpreter._patch_lang_tensor = _patch_lang_tensor
     InterpreterBuilder.create_dot = _create_dot
     InterpreterBuilder.cast_impl = _cast_impl
     InterpreterBuilder.create_splat = _create_splat

@@ -5,13 +5,20 @@ import cfkernels
 
 def test_cfkernels_exports_exactly_its_operators_and_errors():
     assert cfkernels.__all__ == [
+        "Explanation",
         "KernelError",
         "RateError",
         "ShapeError",
         "UnavailableError",
         "attention",
+        "attention_and_lse",
+        "attention_column_sums",
+        "dropout_add",
+        "explain",
         "gelu_dropout",
         "grouped_window_conv",
+        "layer_norm",
+        "mix_layer_norms",
         "ppeg",
         "using",
     ]

@@ -82,3 +82,10 @@ def test_seeds_are_fresh_and_follow_the_generator():
     torch.manual_seed(1)
     assert torch.equal(first, draw_seed(torch.device("cpu")))
     assert not torch.equal(first, second)
+
+
+def test_outputs_of_kernels_start_as_nan_in_these_tests():
+    assert torch.empty(3).isnan().all()
+    assert torch.zeros(2).new_empty(3).isnan().all()
+    assert torch.empty_like(torch.zeros(2, dtype=torch.bfloat16)).isnan().all()
+    assert torch.empty(3, dtype=torch.int32).eq(2**31 - 1).all()

@@ -123,7 +123,8 @@ def test_the_text_variant_is_a_block_whose_residual_is_its_input():
     normed = block.attention_norm(x)
     q, (k, v) = a.query(normed), a.key_value(normed).chunk(2, dim=1)
     y = x + a.out(torch.softmax(q @ k.T / 4, dim=1) @ v)
-    expected = y + block.feed_forward(block.feed_forward_norm(y))
+    z = block.feed_forward_norm(y)
+    expected = y + block.feed_forward.down(torch.nn.functional.gelu(block.feed_forward.up(z)))
     assert_close(block(x, (9,)), expected, rtol=0, atol=1e-12)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from cftrain.errors import WeightsError
-from cftrain.models import BagBatch, build
+from cftrain.models import BagBatch, attention_maps, build
 from cftrain.models.released import from_released, place, released_model
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "golden"
@@ -124,6 +124,33 @@ def test_input_gradients_equal_the_released_ones_to_1e9(golden_case):
         if expected.shape != gradient.shape:  # big bags are stored as mean and mean magnitude over D
             gradient = torch.stack([gradient.mean(dim=2), gradient.abs().mean(dim=2)])
         assert_gradient_close(gradient, expected, f"x{scale}")
+
+
+MAPS = {
+    "coarse_cross": "coarse_cross_attention",
+    "fine_cross": "fine_cross_attention",
+    "coarse_pt_pre": "coarse_transformer.pre.0",
+    "coarse_pt_post": "coarse_transformer.post.0",
+    "fine_pt_pre": "fine_transformer.pre.0",
+    "fine_pt_post": "fine_transformer.post.0",
+    "source_pt_pre": "source_transformer.pre.0",
+    "source_pt_post": "source_transformer.post.0",
+    "final_pre": "final_transformer.pre.0",
+    "final_post": "final_transformer.post.0",
+}
+
+
+def test_attention_maps_equal_the_released_column_means_to_1e9(golden_case):
+    golden, case = golden_case
+    if golden.model.name == "abmil":
+        pytest.skip("no attention between patches")
+    with torch.no_grad(), attention_maps(golden.model, every_row=True) as maps:
+        output = golden.model(golden.batch(case))
+    assert_close(output.logits, golden.arrays[f"out64/{case}/logits"], rtol=0, atol=1e-9)
+    assert sorted(maps) == sorted(MAPS.values())
+    for released, ours in MAPS.items():
+        expected = golden.arrays[f"out64/{case}/attn/{released}"]
+        assert_close(torch.stack(maps[ours]), expected.double(), rtol=0, atol=1e-9, msg=released)
 
 
 def released_gradient(model, key):

@@ -1,10 +1,13 @@
-"""Ragged attention in plain PyTorch: the definition."""
+"""Ragged attention in plain PyTorch, with all scores of a bag: the definition."""
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn import functional
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from cfkernels.dropout import keep_mask, rescale
 from cfkernels.packing import join, split
 
 
@@ -12,17 +15,26 @@ def attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    q_lengths: tuple[int, ...],
-    kv_lengths: tuple[int, ...],
-    dropout_p: float,
-) -> Tensor:
-    """One scaled dot-product attention per bag; arguments as `cfkernels.attention`."""
-    bags = zip(split(q, q_lengths), split(k, kv_lengths), split(v, kv_lengths), strict=True)
-    return join([_attend(*bag, dropout_p) for bag in bags])
+    seed: Tensor | None,
+    q_lengths: Sequence[int],
+    kv_lengths: Sequence[int],
+    threshold: int,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, as `cfkernels.attention_and_lse`, with the rate in 256ths."""
+    outputs, norms = [], []
+    for bag, (queries, keys, values) in enumerate(
+        zip(split(q, q_lengths), split(k, kv_lengths), split(v, kv_lengths), strict=True)
+    ):
+        scores = torch.einsum("nhd,mhd->hnm", queries, keys) * q.shape[2] ** -0.5
+        weights = scores.softmax(dim=2)
+        if seed is not None and threshold:
+            weights = torch.where(_mask(weights, seed, threshold, bag), weights * rescale(threshold), 0)
+        outputs.append(torch.einsum("hnm,mhd->nhd", weights, values))
+        norms.append(scores.detach().to(torch.promote_types(q.dtype, torch.float32)).logsumexp(dim=2).T)
+    return join(outputs), join(norms).T
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    output = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-    return output.squeeze(0).transpose(0, 1)
+def _mask(weights: Tensor, seed: Tensor, threshold: int, bag: int) -> Tensor:
+    n_heads, n, m = weights.shape
+    rows = torch.arange(n, device=weights.device)
+    return torch.stack([keep_mask(seed, rows, m, threshold, stream=bag * n_heads + head) for head in range(n_heads)])

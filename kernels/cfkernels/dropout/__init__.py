@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cfkernels.dropout.reference import keep_mask
+from cfkernels.dropout.reference import keep_mask, random_bytes
 from cfkernels.errors import RateError
 
-__all__ = ["draw_seed", "keep_mask", "rescale", "threshold"]
+__all__ = ["draw_seed", "keep_mask", "random_bytes", "rescale", "threshold"]
 
 ROUNDS = 7
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from cfkernels.dropout.kernel import keep_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def gelu_dropout_fwd_kernel(
     x_ptr, seed_ptr, y_ptr, n_rows, n_columns, rescale,
     THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -29,7 +29,7 @@ def gelu_dropout_fwd_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def gelu_dropout_bwd_kernel(
     grad_ptr, x_ptr, seed_ptr, grad_x_ptr, n_rows, n_columns, rescale,
     THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

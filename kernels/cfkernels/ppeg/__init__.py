@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from cfkernels import triton_support
+from cfkernels.dispatch import Candidate, choose
+from cfkernels.ppeg.merged import ppeg_merged
 from cfkernels.ppeg.reference import ppeg_reference
 from cfkernels.windows import check_grids, check_windows
 
-__all__ = ["ppeg"]
+if triton_support.HAS_TRITON:
+    from cfkernels.ppeg.op import ppeg_triton
+
+__all__ = ["candidates", "ppeg"]
 
 
 def ppeg(
@@ -47,4 +54,19 @@ def ppeg(
     """
     check_grids(x, grid_sizes, prefix)
     check_windows({7: (weight7, bias7), 5: (weight5, bias5), 3: (weight3, bias3)}, x.shape[1], 1)
-    return ppeg_reference(x, (weight7, weight5, weight3), (bias7, bias5, bias3), grid_sizes=grid_sizes, prefix=prefix)
+    weights, biases = (weight7, weight5, weight3), (bias7, bias5, bias3)
+    chosen = choose("ppeg", candidates(x.device, x.dtype)).name
+    if chosen == "triton":
+        return ppeg_triton(x, weights, biases, grid_sizes=grid_sizes, prefix=prefix)
+    compute = ppeg_merged if chosen == "merged" else ppeg_reference
+    return compute(x, weights, biases, grid_sizes=grid_sizes, prefix=prefix)
+
+
+def candidates(device: torch.device, dtype: torch.dtype) -> tuple[Candidate, ...]:
+    """The implementations for such tensors, best first."""
+    elsewhere = None if device.type == "cpu" else "its weight gradient is written for CPUs"
+    return (
+        triton_support.candidate(device, dtype, "one merged window, each token loaded once per strip of eight columns"),
+        Candidate("merged", elsewhere, "one depth-wise convolution; its weight gradient is another"),
+        Candidate("reference", None, "PyTorch's depth-wise convolution with the merged window"),
+    )
