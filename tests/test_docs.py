@@ -49,5 +49,5 @@ def test_links_between_documents_lead_somewhere():
 def test_commands_in_the_readme_exist():
     text = (ROOT / "README.md").read_text()
     for group, name in ((cfstore, "cfstore"), (cftrain, "cftrain")):
-        for called in re.findall(rf"^\s*\$?\s*{name} (\w+)", text, flags=re.MULTILINE):
+        for called in re.findall(rf"^\s*\$?\s*{name} ([\w-]+)", text, flags=re.MULTILINE):
             assert called in group.commands, f"README calls {name} {called}"

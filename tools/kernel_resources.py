@@ -440,18 +440,15 @@ def label(one: Resources) -> str:
 # The report
 
 
-def table(rows: Sequence[Resources], *, markdown: bool) -> str:
+def table(rows: Sequence[Resources]) -> str:
     """One line for each build."""
     head = ["kernel", "case", "sm", "warps", "registers", "spilled B", "shared B", *INSTRUCTIONS]
     cells = [
         [one.kernel, label(one), one.arch, one.warps, one.registers, one.spilled_bytes, one.shared_bytes,
          *one.counts.values()]
-        for one in sorted(rows, key=lambda one: (one.op, one.kernel, one.case, one.dtype, one.arch))
+        for one in sorted(rows, key=_place)
     ]  # fmt: skip
     lines = [[str(cell) for cell in line] for line in [head, *cells]]
-    if markdown:
-        rule = ["---"] * 2 + ["---:"] * (len(head) - 2)
-        return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     aligned = [
         [cell.ljust(width) if i < 2 else cell.rjust(width)
@@ -459,6 +456,24 @@ def table(rows: Sequence[Resources], *, markdown: bool) -> str:
         for line in lines
     ]  # fmt: skip
     return "\n".join("  ".join(line).rstrip() for line in aligned)
+
+
+def summary(rows: Sequence[Resources]) -> str:
+    """For a document: one line for each kernel and case, registers and shared memory on every architecture."""
+    head = ["kernel", "case", *(f"sm_{arch}" for arch in ARCHITECTURES), "matrix instructions on sm_90"]
+    found: dict[tuple[str, str], dict[int, Resources]] = {}
+    for one in sorted(rows, key=_place):
+        found.setdefault((one.kernel, label(one)), {})[one.arch] = one
+    lines = [head, ["---"] * len(head)]
+    for (kernel, case), by_arch in found.items():
+        cells = [f"{one.registers} / {one.shared_bytes / 1024:.0f}" for one in by_arch.values()]
+        used = [f"{n} {name}" for name, n in by_arch[max(by_arch)].counts.items() if n and name.endswith("MMA")]
+        lines.append([kernel, case, *cells, ", ".join(used)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _place(one: Resources) -> tuple[str, str, str, str, int]:
+    return one.op, one.kernel, one.case, one.dtype, one.arch
 
 
 def surroundings() -> dict[str, Any]:
@@ -501,7 +516,7 @@ def main(words: Sequence[str] | None = None) -> int:
     builds, complaints = collect(selected, options.arch or ARCHITECTURES)
     rows = compile_all(builds, options.jobs, machine_code=options.machine_code)
     complaints += [text for one in rows for text in complaints_about(one, options.limit_registers)]
-    print(table(rows, markdown=options.markdown))
+    print(summary(rows) if options.markdown else table(rows))
     print(
         f"\n{len(rows)} kernels in {time.perf_counter() - start:.1f} s, {len(complaints)} complaints", file=sys.stderr
     )

@@ -26,7 +26,7 @@ def join(bags: list[Tensor]) -> Tensor:
 @lru_cache(maxsize=256)
 def offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each bag begins, and where the last ends: [B + 1] int32."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
+    return to_device([0, *accumulate(lengths)], device)
 
 
 @lru_cache(maxsize=256)
@@ -37,4 +37,12 @@ def row_tiles(lengths: tuple[int, ...], rows: int, device: torch.device) -> Tens
     """
     longest_first = sorted(range(len(lengths)), key=lambda bag: -lengths[bag])
     tiles = [(bag, row) for bag in longest_first for row in range(0, lengths[bag], rows)]
-    return torch.tensor(tiles, dtype=torch.int32).to(device)
+    return to_device(tiles, device)
+
+
+def to_device(numbers: Sequence[int] | Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """Small whole numbers as int32 on a device.
+
+    They are staged before the call returns, so the host need not wait until the GPU has come to them.
+    """
+    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cfkernels.packing import to_device
 from cfkernels.triton_support import launch
 from cfkernels.windows.kernel import merge_kernel, split_kernel
 
@@ -53,7 +54,7 @@ def window_tiles(grid_sizes: tuple[int, ...], prefix: int, columns: int, blocks:
         ]
         first += side * side
     tiles.sort(key=lambda tile: tile[2] - tile[3])  # the longest first; the order among equals stays
-    return torch.tensor(tiles, dtype=torch.int32).to(device)
+    return to_device(tiles, device)
 
 
 def merge_taps(windows: Sequence[Tensor | None], inputs: int) -> Tensor:
