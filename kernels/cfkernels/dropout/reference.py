@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
 
-_CHUNK = 1 << 17
-"""Words of one kind at a time: a share of it stays in each core's cache, and is enough to occupy it."""
+_CHUNK = 1 << 14
+"""Words of one kind at a time: some tables of them fit a core's cache."""
 
 
 # an op: one node of a compiled graph in place of a hundred
@@ -38,17 +40,39 @@ def keep_mask(
     stream
         Tells masks of one seed apart, e.g. the heads of the bags.
     """
+    if seed.device.type == "cpu":
+        return _keep_mask_on_cpu(int(seed), rows.numpy(), n_columns, threshold, stream, rounds)
     streams = torch.tensor([stream], device=seed.device)
-    kept = torch.empty(len(rows), n_columns, dtype=torch.bool, device=seed.device)
+    return random_bytes(seed, rows, n_columns, streams, rounds=rounds)[0] >= threshold
+
+
+def _keep_mask_on_cpu(
+    seed: int, rows: NDArray[np.int64], n_columns: int, threshold: int, stream: int, rounds: int
+) -> Tensor:
+    """In NumPy, whose calls cost less than PyTorch's: masks of small bags are made of calls, not of work."""
     n_groups = (n_columns + 15) // 16
-    scratch = torch.empty(
-        min(7 * len(rows) * n_groups, 7 * max(_CHUNK, n_groups)), dtype=torch.int64, device=seed.device
-    )
+    kept = np.empty((len(rows), n_columns), np.bool_)
     size = max(1, _CHUNK // n_groups)
-    for row in range(0, len(rows), size):
-        drawn = random_bytes(seed, rows[row : row + size], n_columns, streams, scratch, rounds=rounds)[0]
-        torch.ge(drawn, threshold, out=kept[row : row + size])
-    return kept
+    for first in range(0, len(rows), size):
+        some = slice(first, first + size)
+        drawn = _philox(seed, rows[some].astype(np.uint64), n_groups, stream, rounds)
+        np.greater_equal(drawn[:, :n_columns], threshold, out=kept[some])
+    return torch.from_numpy(kept)
+
+
+def _philox(seed: int, rows: NDArray[np.uint64], n_groups: int, stream: int, rounds: int) -> NDArray[np.uint8]:
+    """[R, 16 * n_groups] bytes; words are vectors until what they depend on makes them tables."""
+    word, half = np.uint64(_WORD), np.uint64(32)
+    c0, c1 = np.arange(n_groups, dtype=np.uint64)[None, :], rows[:, None]
+    c2, c3 = np.full((1, 1), stream, np.uint64), np.zeros((1, 1), np.uint64)
+    for i in range(rounds):
+        key_a, key_b = (np.uint64((part + i * step) & _WORD) for part, step in ((seed, _KEY_A), (seed >> 32, _KEY_B)))
+        a, b = c0 * np.uint64(_MULTIPLIER_A), c2 * np.uint64(_MULTIPLIER_B)
+        c0, c1, c2, c3 = (b >> half) ^ c1 ^ key_a, b & word, (a >> half) ^ c3 ^ key_b, a & word
+    words = np.empty((len(rows), n_groups, 4), np.uint32)
+    for i, values in enumerate((c0, c1, c2, c3)):
+        words[..., i] = values
+    return words.view(np.uint8).reshape(len(rows), -1)
 
 
 @keep_mask.register_fake

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cfkernels.dropout import keep_mask, rescale
+from cfkernels.dropout import drop
 
 
 def gelu_dropout_reference(x: Tensor, seed: Tensor | None, threshold: int) -> Tensor:
@@ -14,5 +13,5 @@ def gelu_dropout_reference(x: Tensor, seed: Tensor | None, threshold: int) -> Te
     y = functional.gelu(x)
     if seed is None or threshold == 0:
         return y
-    kept = keep_mask(seed, torch.arange(len(x), device=x.device), x.shape[1], threshold)
-    return torch.where(kept, y * rescale(threshold), 0)
+    dropped: Tensor = drop(y, seed, threshold)
+    return dropped
