@@ -117,7 +117,7 @@ def cross_validate(
         gpu_free=free_gpu(chosen),
         jobs=jobs,
     )
-    _begin(out, toml, collect(data, config.data, chosen, command, toml))
+    _begin(out, toml, collect(data, config, chosen, command, toml))
     watch.on_data(data, n_parameters)
     watch.on_cache(cache)
     started = time.perf_counter()

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from cfkernels import explain
-from cftrain.config import DataConfig
+from cftrain.config import ModelConfig, RunConfig
 from cftrain.data import RunData
+from cftrain.zoo import CrossFusionConfig, model_options
 
 _PACKAGES = ("crossfusion-store", "torch", "triton", "numpy", "zarr", "numcodecs", "duckdb", "lifelines", "pyarrow")
 
@@ -86,8 +87,18 @@ def _sha256(lines: Sequence[str]) -> str:
     return f"sha256:{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
 
 
+def _kernels(model: ModelConfig, device: torch.device) -> dict[str, dict[str, str]]:
+    """Which implementation each op of cfkernels has in training, for the models that use them."""
+    options = model_options(model.name, model.options)
+    if not isinstance(options, CrossFusionConfig):
+        return {}
+    head_dim = options.embed_dim // options.n_heads
+    found = explain(device, head_dim=head_dim, dropout=options.attention_dropout > 0)
+    return {"kernels": {row.op: row.implementation for row in found.rows}}
+
+
 def collect(
-    data: RunData, config: DataConfig, device: torch.device, command: Sequence[str], config_toml: str
+    data: RunData, config: RunConfig, device: torch.device, command: Sequence[str], config_toml: str
 ) -> dict[str, Any]:
     """Everything a reader needs to repeat or doubt the run."""
     status = _git("status", "--porcelain", "--untracked-files=no")
@@ -98,10 +109,10 @@ def collect(
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "device": device_name(device),
-        "kernels": {row.op: row.implementation for row in explain(device).rows},
+        **_kernels(config.model, device),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
-        **_origin(data, config.where, config.shards),
+        **_origin(data, config.data.where, config.data.shards),
         "data_digest": _data_digest(data),
         "splits": data.splits.name,
         "splits_digest": _splits_digest(data),
