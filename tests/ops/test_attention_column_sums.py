@@ -83,3 +83,14 @@ def test_refused_inputs_are_named():
         attention_column_sums(q, k[..., :4], lse, q_lengths=(4,), kv_lengths=(5,))
     with pytest.raises(ShapeError, match="kv_lengths"):
         attention_column_sums(q, k, lse, q_lengths=(4,), kv_lengths=(4,))
+
+
+def test_autocast_does_not_round_them():
+    generator = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(n, 2, 32, generator=generator) for n in (40, 70))
+    lengths = {"q_lengths": (10, 30), "kv_lengths": (50, 20)}
+    with torch.autocast("cpu", torch.bfloat16):
+        _, lse = attention_and_lse(q, k, k, **lengths)
+        sums = attention_column_sums(q, k, lse, **lengths)
+    totals = torch.stack([sums[:, :50].sum(1), sums[:, 50:].sum(1)], dim=1)
+    assert_close(totals, torch.tensor([[10.0, 30.0]] * 2), rtol=1e-5, atol=0)

@@ -21,9 +21,10 @@ def attention_column_sums_reference(
     q, k, lse = q.to(precision) * q.shape[2] ** -0.5, k.to(precision), lse.to(precision)
     sums = torch.zeros(k.shape[1], k.shape[0], dtype=precision, device=k.device)
     bags = zip(split(q, q_lengths), split(k, kv_lengths), split(lse.T, q_lengths), strict=True)
-    for into, (queries, keys, norms) in zip(split(sums.T, kv_lengths), bags, strict=True):
-        for head in range(k.shape[1]):
-            _add(into[:, head], queries[:, head], keys[:, head], norms[:, head])
+    with torch.autocast(q.device.type, enabled=False):  # it would round the scores, and sums would not add up
+        for into, (queries, keys, norms) in zip(split(sums.T, kv_lengths), bags, strict=True):
+            for head in range(k.shape[1]):
+                _add(into[:, head], queries[:, head], keys[:, head], norms[:, head])
     return sums
 
 
