@@ -23,6 +23,11 @@ def join(bags: list[Tensor]) -> Tensor:
     return bags[0] if len(bags) == 1 else torch.cat(bags)
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """The view itself where the elements of a row lie next to each other (rows may lie apart), else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @lru_cache(maxsize=256)
 def offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each bag begins, and where the last ends: [B + 1] int32."""

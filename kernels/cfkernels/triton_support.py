@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +88,12 @@ def recording() -> Iterator[list[Launch]]:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel with its tensors and numbers, its constants, num_warps and num_stages.
 
-    Fused multiply-adds are asked for, since newer Tritons no longer contract by default.
+    It runs where its first tensor is: Triton itself would take the current device, and `--device cuda:1` does not
+    change that. Fused multiply-adds are asked for, since newer Tritons no longer contract by default.
     """
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants))
         return
-    kernel[grid](*arguments, **constants, enable_fp_fusion=True)
+    first = next(argument for argument in arguments if isinstance(argument, torch.Tensor))
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        kernel[grid](*arguments, **constants, enable_fp_fusion=True)

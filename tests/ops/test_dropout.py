@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from cfkernels import RateError
-from cfkernels.dropout import draw_seed, keep_mask, rescale, threshold
+from cfkernels.dropout import draw_seed, keep_mask, random_bytes, rescale, threshold
 from cfkernels.dropout.kernel import keep_block
 
 SEED = 0x9F3A_1C55_0B7E_D201 - 2**64  # its upper half has the sign bit
@@ -41,6 +41,19 @@ def test_a_mask_is_the_bytes_of_philox():
     rows = torch.tensor([0, 1, 5, 2**31 + 7])
     mask = keep_mask(torch.tensor([SEED]), rows, 37, 51, stream=9)
     assert mask.tolist() == [[byte(row, column, 9) >= 51 for column in range(37)] for row in rows.tolist()]
+
+
+def test_the_bytes_of_several_streams_at_once_are_those_of_their_masks():
+    """What blocked attention and other devices use; rows that need more than 16 bits among them."""
+    seed, rows, streams = (
+        torch.tensor([SEED]),
+        torch.tensor([0, 3, 70_000, 2**31 + 7]),
+        torch.tensor([0, 9, 4_000_000_000]),
+    )
+    drawn = random_bytes(seed, rows, 37, streams)
+    for stream, found in zip(streams.tolist(), drawn, strict=True):
+        assert torch.equal(found >= 51, keep_mask(seed, rows, 37, 51, stream=stream))
+        assert found.tolist() == [[byte(row, column, stream) for column in range(37)] for row in rows.tolist()]
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Attention in blocks of query rows, in plain PyTorch: no more than a few MiB of scores exist at a time.
+"""Attention in blocks of query rows, in plain PyTorch: a few tables of 8 MiB in float32, never all scores.
 
 The backward makes scores and dropout masks again. What dropout keeps is `cfkernels.dropout.keep_mask`, as in the
 kernels. Computes in float32, or in float64 for float64.
@@ -22,7 +22,8 @@ from cfkernels.dropout import random_bytes, rescale
 _BLOCK_ELEMENTS = 1 << 21
 """Scores in one block, of all heads it holds."""
 _LEAST_ROWS = 32
-"""Blocks of fewer rows than this take one head at a time instead: short matrices multiply slowly."""
+"""Blocks of fewer rows than this take one head at a time instead: short matrices multiply slowly. With more than
+65,536 keys a block is larger than _BLOCK_ELEMENTS for that reason."""
 
 
 class _Bag(NamedTuple):

@@ -84,11 +84,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if rounded else "ieee"
 
 
-def with_dense_rows(x: Tensor) -> Tensor:
-    """The view itself where the columns of a head lie next to each other, else a copy."""
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
 def _tuned(q: Tensor) -> _Tuned:
     arch, width = tuned_for(architecture(q.device)), q.shape[2]
     if q.dtype == torch.float32:
@@ -127,7 +122,7 @@ def _forward(
     kv_lengths: Sequence[int],
     threshold: int,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (with_dense_rows(x) for x in (q, k, v))
+    q, k, v = (packing.dense_rows(x) for x in (q, k, v))
     out, lse = _fake(q, k, v, seed, q_lengths, kv_lengths, threshold)
     tiles = _tuned(q).forward
     maps = _Maps.of(q, q_lengths, kv_lengths)
@@ -156,7 +151,7 @@ def _backward(
     threshold: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, out = grad.contiguous(), out.contiguous()
-    q, k, v = (with_dense_rows(x) for x in (q, k, v))
+    q, k, v = (packing.dense_rows(x) for x in (q, k, v))
     n, n_heads, width = q.shape
     grad_q, grad_k, grad_v = _fake_backward(grad, q, k, v, out, lse, seed, q_lengths, kv_lengths, threshold)
     delta = torch.empty_like(lse)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cfkernels import packing
-from cfkernels.attention.op import Tiles, dot_precision, padded_width, with_dense_rows
+from cfkernels.attention.op import Tiles, dot_precision, padded_width
 from cfkernels.attention_column_sums.kernel import attention_column_sums_kernel
 from cfkernels.library import register
 from cfkernels.triton_support import architecture, launch, tuned_for
@@ -27,7 +27,7 @@ def attention_column_sums_triton(
 
 
 def _forward(q: Tensor, k: Tensor, lse: Tensor, q_lengths: Sequence[int], kv_lengths: Sequence[int]) -> Tensor:
-    q, k, lse = with_dense_rows(q), with_dense_rows(k), lse.contiguous()
+    q, k, lse = packing.dense_rows(q), packing.dense_rows(k), lse.contiguous()
     width, device = q.shape[2], q.device
     tiles = _FLOAT32 if q.dtype == torch.float32 else _TUNED[tuned_for(architecture(device))]
     programs = packing.row_tiles(tuple(kv_lengths), tiles.keys, device)

@@ -1,7 +1,9 @@
-"""The mask in plain PyTorch: 32-bit words in int64 tensors, for any device.
+"""The mask: its definition, and the bytes of many masks at once.
 
-Upper halves are left dirty where nothing reads them, and all that is not a vector is computed in place: half the
-memory traffic of the plain formula, and no fresh pages.
+`keep_mask` is Philox as it is written, in NumPy on a CPU. `random_bytes` computes the same for several streams, in
+PyTorch and so with all threads and on any device: blocked attention spends much of its time there. Its 32-bit words
+live in int64 tensors whose upper halves are left dirty where nothing reads them, and what is no vector is computed
+in place.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch import Tensor
 from cfkernels.dropout import rescale
 from cfkernels.dropout_add.kernel import dropout_add_bwd_kernel, dropout_add_fwd_kernel
 from cfkernels.library import register
+from cfkernels.packing import dense_rows
 from cfkernels.triton_support import launch
 
 _ROWS, _COLUMNS, _WARPS = 4, 512, 4
@@ -19,11 +20,6 @@ def dropout_add_triton(x: Tensor, residual: Tensor, seed: Tensor | None, thresho
     """As `cfkernels.dropout_add`, with the rate in 256ths, above 0."""
     y: Tensor = torch.ops.cfkernels.dropout_add(x, residual, seed, threshold)
     return y
-
-
-def _by_rows(x: Tensor) -> Tensor:
-    """Rows may lie apart, the elements of a row may not."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _launch(kernel: Any, read: tuple[Tensor, ...], seed: Tensor, written: Tensor, threshold: int) -> None:
@@ -38,13 +34,13 @@ def _launch(kernel: Any, read: tuple[Tensor, ...], seed: Tensor, written: Tensor
 
 def _forward(x: Tensor, residual: Tensor, seed: Tensor, threshold: int) -> Tensor:
     y = _fake(x, residual, seed, threshold)
-    _launch(dropout_add_fwd_kernel, (_by_rows(x), _by_rows(residual)), seed, y, threshold)
+    _launch(dropout_add_fwd_kernel, (dense_rows(x), dense_rows(residual)), seed, y, threshold)
     return y
 
 
 def _backward(grad: Tensor, seed: Tensor, threshold: int) -> Tensor:
     grad_x = _fake_backward(grad, seed, threshold)
-    _launch(dropout_add_bwd_kernel, (_by_rows(grad),), seed, grad_x, threshold)
+    _launch(dropout_add_bwd_kernel, (dense_rows(grad),), seed, grad_x, threshold)
     return grad_x
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cfkernels.layer_norm.kernel import layer_norm_bwd_kernel, layer_norm_fwd_kernel
 from cfkernels.library import register
+from cfkernels.packing import dense_rows
 from cfkernels.triton_support import launch
 
 # a tile of ROWS x COLUMNS elements gives each of 128 threads 16, and at D = 512 each warp one row
@@ -31,13 +32,8 @@ def _tile(n_columns: int) -> dict[str, int]:
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": 8 if columns > _TILE else 4}
 
 
-def _by_rows(x: Tensor) -> Tensor:
-    """Rows may lie apart, the elements of a row may not."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> _Three:
-    x, other = _by_rows(x), None if residual is None else _by_rows(residual)
+    x, other = dense_rows(x), None if residual is None else dense_rows(residual)
     n_rows, n_columns = x.shape
     y, mean, rstd = _fake(x, residual, weight, bias, eps)
     tile = _tile(n_columns)
@@ -52,7 +48,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, e
 def _backward(
     grad: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    grad, x, other = _by_rows(grad), _by_rows(x), None if residual is None else _by_rows(residual)
+    grad, x, other = dense_rows(grad), dense_rows(x), None if residual is None else dense_rows(residual)
     n_rows, n_columns = x.shape
     tile = _tile(n_columns)
     n_tiles = max(1, -(-n_rows // (tile["ROWS"] * _GROUPS)))

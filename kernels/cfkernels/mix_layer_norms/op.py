@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cfkernels.library import register
 from cfkernels.mix_layer_norms.kernel import mix_layer_norms_bwd_kernel, mix_layer_norms_fwd_kernel
+from cfkernels.packing import dense_rows
 from cfkernels.triton_support import launch
 
 # elements of a tile: the backward holds eight tiles in registers at once
@@ -36,11 +37,6 @@ def _tile(n_columns: int) -> dict[str, int]:
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": min(16, max(4, columns // 256))}
 
 
-def _by_rows(x: Tensor) -> Tensor:
-    """Rows may lie apart, the elements of a row may not."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _forward(
     x0: Tensor, x1: Tensor, x2: Tensor,
     weight0: Tensor, weight1: Tensor, weight2: Tensor,
@@ -50,7 +46,7 @@ def _forward(
     n_rows, n_columns = x0.shape
     y, statistics = _results(x0)
     if n_rows:
-        maps = [_by_rows(x) for x in (x0, x1, x2)]
+        maps = [dense_rows(x) for x in (x0, x1, x2)]
         rows = [x.contiguous() for x in (weight0, weight1, weight2, bias0, bias1, bias2, mix_weight)]
         tile = _tile(n_columns)
         numbers = (n_rows, n_columns, *(x.stride(0) for x in maps), eps)
@@ -70,7 +66,7 @@ def _backward(
     grads = [x.new_empty(x.shape) for x in (x0, x1, x2)]
     partial = x0.new_empty((n_programs, 4, n_columns), dtype=torch.float32)
     if n_rows:
-        read = [_by_rows(x) for x in (grad, x0, x1, x2)]
+        read = [dense_rows(x) for x in (grad, x0, x1, x2)]
         rows = [x.contiguous() for x in (weight0, weight1, weight2, mix_weight)]
         numbers = (n_rows, n_tiles, n_columns, *(x.stride(0) for x in read))
         launch(mix_layer_norms_bwd_kernel, (n_programs,), *read, *rows, statistics, *grads, partial, *numbers, **tile)
