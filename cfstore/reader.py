@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +181,7 @@ class SlideReader:
 
     def stream(
         self, slide_ids: Iterable[str], *, threads: int = 2, ahead: int = 16, ahead_bytes: int = _AHEAD_BYTES
-    ) -> Iterator[SlideBags]:
+    ) -> Generator[SlideBags, None, None]:
         """Yield slides in the given order while threads read further ones.
 
         Parameters

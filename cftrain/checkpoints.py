@@ -1,4 +1,4 @@
-"""Models in files: safetensors that say what they are; released state dicts read without running their code.
+"""Models and checkpoints in files: safetensors that say what they are; released state dicts read without running code.
 
 Everything is written aside and renamed; nothing is ever unpickled into objects.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cftrain.errors import TrainError, WeightsError
+from cftrain.errors import RunError, TrainError, WeightsError
 from cftrain.models import SurvivalModel, build
 from cftrain.models.released import released_model
 
@@ -32,6 +33,43 @@ def save_weights(model: SurvivalModel, path: Path, **about: str) -> None:
     }
     save_file(weights, temporary, metadata={**built, **about})
     temporary.replace(path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: str) -> None:
+    """Write tensors and a text as safetensors: flushed to the disk, then renamed, so that `path` is whole or absent."""
+    temporary = path.with_name(f".{path.name}")
+    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(held, temporary, metadata={"state": state})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _flush_folder(path.parent)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """What `write_tensors` wrote.
+
+    Raises
+    ------
+    RunError
+        The file is no safetensors file, or has no such text.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+        return load_file(path), about["state"]
+    except (SafetensorError, OSError, KeyError) as error:
+        message = f"{path}: not a readable checkpoint ({error}); remove it to train the fold from its start"
+        raise RunError(message) from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """A rename is on the disk once its folder is."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def load_model(path: Path) -> SurvivalModel:

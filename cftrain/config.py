@@ -39,14 +39,20 @@ class DataConfig:
     """Split set in the store; empty: the cohort's only one, or made (folds, seed) where it has none."""
     folds: int = 5
     """Folds to make where the store has no splits."""
+    unit: Literal["slide", "patient"] = "slide"
+    """One training example: a slide, or all slides of a patient as one bag."""
     readers: int = 2
     """Threads that read slides ahead."""
     ahead: int = 16
     """Slides read ahead, at most."""
     ahead_mib: int = 1024
     """Memory for slides read ahead, at most; a larger slide gets memory of its own."""
-    order: Literal["shuffled", "shard"] = "shuffled"
-    """Visit slides in random order, or shard after shard (kind to the page cache; the default with `shards`)."""
+    order: Literal["shuffled", "shard", "independent"] = "shuffled"
+    """shuffled: all folds visit the cohort in one random order per epoch, so that one reading serves them all.
+    shard: the same, shard after shard (kind to the page cache; the default with `shards`). independent: every
+    fold in an order of its own, each draw apart, as the paper's code does; such folds are read one by one."""
+    order_seed: int = -1
+    """Of that order, and of made splits; -1: train.seed."""
     cache: str = "auto"
     """Bags kept between epochs and folds: auto, off, ram[:SIZE] or gpu[:SIZE], e.g. ram:8GB."""
 
@@ -73,8 +79,12 @@ class TrainConfig:
     """Of Adam (L2)."""
     accumulate: int = 32
     """Slides in one optimiser step."""
-    batch_patches: int = 8192
-    """Patches (all scales) in one forward pass: small slides of a step are packed up to this."""
+    batch_patches: int = 0
+    """Patches (all scales) in one forward pass: small slides of a step are packed up to this. 0: as many as the
+    device has memory for, at most 8,192 on a CPU and 65,536 on a GPU; the number found is written to config.toml."""
+    loss: Literal["nll", "ce", "cox"] = "nll"
+    """Of discrete-time hazards: negative log-likelihood, or its cross-entropy variant; cox: partial likelihood over
+    the slides of a step, which ranks patients and predicts no survival times."""
     cosine_epochs: int = 0
     """Half period of the cosine schedule; 0: all epochs, falling once. The paper: 10, falling and rising."""
     final_learning_rate: float = 0.1
@@ -87,8 +97,12 @@ class TrainConfig:
     """First epoch that may be called the best one (the paper's warm-up of 5 epochs)."""
     patience: int = 0
     """Stop when the best epoch lies this many epochs back; 0: never, so the last epoch is known beforehand."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient is NaN or Inf: stop the run, or leave that step out; the slide is named either way."""
+    checkpoint_minutes: float = 5.0
+    """Time between checkpoints; 0: after every step."""
     seed: int = 7
-    """Of weights, dropout, order, and made splits."""
+    """Of weights, dropout and weighted draws."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +125,26 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order in which slides are visited, and of made splits."""
+        return self.train.seed if self.data.order_seed < 0 else self.data.order_seed
+
+    @property
+    def n_outputs(self) -> int:
+        """Logits of the model: one per time bin, or the one log hazard of a Cox model."""
+        return 1 if self.train.loss == "cox" else self.bins.count
+
 
 _SECTIONS: Mapping[str, type[Any]] = {"data": DataConfig, "bins": BinsConfig, "train": TrainConfig}
 _POSITIVE = {
     "data": ("folds", "readers", "ahead", "ahead_mib"),
     "bins": ("count",),
-    "train": ("epochs", "learning_rate", "accumulate", "batch_patches", "select_from"),
+    "train": ("epochs", "learning_rate", "accumulate", "select_from"),
 }
+_NOT_NEGATIVE = ("weight_decay", "cosine_epochs", "patience", "seed", "batch_patches", "checkpoint_minutes")
+RESUMABLE = ("data.readers", "data.ahead", "data.ahead_mib", "data.cache", "train.on_nan", "train.checkpoint_minutes")
+"""Settings that change no number, so that a stopped run may go on with others."""
 
 
 def presets() -> list[str]:
@@ -174,6 +201,19 @@ def to_toml(config: RunConfig) -> str:
     options.pop("n_bins")
     lines += ["", "[model]", *_toml_lines({"name": config.model.name, **options})]
     return "\n".join(lines) + "\n"
+
+
+def differences(one: RunConfig, other: RunConfig) -> list[str]:
+    """Keys of the settings in which two configurations differ; the preset's name is none."""
+    flat = [_flat(config) for config in (one, other)]
+    return [key for key in flat[0] | flat[1] if flat[0].get(key) != flat[1].get(key)]
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    found = _flatten({section: dataclasses.asdict(getattr(config, section)) for section in _SECTIONS}, "")
+    options = dataclasses.asdict(model_options(config.model.name, config.model.options))
+    options.pop("n_bins")
+    return found | {f"model.{key}": value for key, value in {"name": config.model.name, **options}.items()}
 
 
 def _toml_lines(values: Mapping[str, Any]) -> list[str]:
@@ -276,8 +316,14 @@ def _check_ranges(built: Mapping[str, Any]) -> None:
         message = "bins.count and data.folds must be at least 2"
         raise ConfigError(message)
     parse_cache(built["data"].cache)
+    if built["data"].order_seed < -1:
+        message = f"data.order_seed must be -1 (train.seed) or at least 0, got {built['data'].order_seed}"
+        raise ConfigError(message)
+    if built["data"].order == "independent" and built["data"].shards:
+        message = "data.order must be shard or shuffled for tars: independent draws would jump about in them"
+        raise ConfigError(message)
     train: TrainConfig = built["train"]
-    negative = [n for n in ("weight_decay", "cosine_epochs", "patience", "seed") if getattr(train, n) < 0]
+    negative = [n for n in _NOT_NEGATIVE if getattr(train, n) < 0]
     if negative:
         message = f"train.{negative[0]} must not be negative, got {getattr(train, negative[0])}"
         raise ConfigError(message)

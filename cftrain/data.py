@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,35 @@ import cfstore
 from cfstore import Cohort, SplitSet, Store
 from cftrain.config import DataConfig
 from cftrain.errors import ConfigError, MissingScaleError
-from cftrain.folds import FoldSlides, fold_slides, unplaced
+from cftrain.examples import Example, make_examples
+from cftrain.folds import FoldExamples, fold_examples, unplaced
 from cftrain.order import ShardOrder
 from cftrain.zoo import MODELS
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run trains on; `order` says how its slides lie in shards, where they are visited by shard."""
+    """What runs train on; `order` says how their slides lie in shards, where they are visited by shard."""
 
     store: Store
     cohort: Cohort
     splits: SplitSet
-    folds: list[FoldSlides]
+    examples: tuple[Example, ...]
+    folds: list[FoldExamples]
     excluded: Mapping[str, tuple[str, ...]]
     patients: Mapping[str, Mapping[str, Any]]
     order: ShardOrder | None = None
 
 
-def load_data(store: Path, config: DataConfig, model: str, scales: Sequence[int], seed: int) -> RunData:
-    """Open the store, or the tars of `config.shards`, and find the run's slides and folds; reads no features.
+def load_data(store: Path, config: DataConfig, models: Mapping[str, Sequence[int]], seed: int) -> RunData:
+    """Open the store, or the tars of `config.shards`, and find the slides and folds; reads no features.
+
+    Parameters
+    ----------
+    models
+        The models by name, and the scales each needs; all train on the slides that have all of these.
+    seed
+        Of made splits.
 
     Raises
     ------
@@ -45,7 +54,10 @@ def load_data(store: Path, config: DataConfig, model: str, scales: Sequence[int]
     named, where = config.cohort or None, config.where or None
     encoder = opened.choose_encoder(named, config.encoder or None, where)
     what = f"encoder {encoder} of " + (f"cohort {named}" if named else "the chosen slides")
-    _check_scales(model, scales, what, opened.encoders_of(named, where)[encoder])
+    held = opened.encoders_of(named, where)[encoder]
+    for model, needed in models.items():
+        _check_scales(model, needed, what, held)
+    scales = sorted(set().union(*models.values()))
     cohort = opened.cohort(named, encoder=encoder, scales=scales, where=where)
     if not cohort.slides:
         left_out = "; ".join(f"{len(ids)} slides: {reason}" for reason, ids in cohort.excluded.items())
@@ -56,12 +68,12 @@ def load_data(store: Path, config: DataConfig, model: str, scales: Sequence[int]
     apart = unplaced(cohort, splits.folds)
     if apart:
         excluded["in no fold"] = tuple(apart)
-    folds, order = fold_slides(cohort, splits), None
+    examples = make_examples(cohort.slides, config.unit)
+    folds, order = fold_examples(examples, splits), None
     if config.order == "shard":
-        held = opened.shard_order(cohort.encoder, [slide.slide_id for slide in cohort.slides])
-        order = ShardOrder(tuple(tuple(shard) for shard in held), sequential=bool(config.shards))
-        folds = [replace(fold, val=order.in_file_order(fold.val)) for fold in folds]
-    return RunData(opened, cohort, splits, folds, excluded, _patients(opened, cohort), order)
+        listed = opened.shard_order(cohort.encoder, [slide.slide_id for slide in cohort.slides])
+        order = ShardOrder(tuple(tuple(shard) for shard in listed), sequential=bool(config.shards))
+    return RunData(opened, cohort, splits, examples, folds, excluded, _patients(opened, cohort), order)
 
 
 def _check_scales(model: str, scales: Sequence[int], encoder: str, held: Sequence[int]) -> None:

@@ -8,7 +8,8 @@
     ├── LeakageError              a patient on both sides of a fold
     ├── NonFiniteError            a loss, gradient or prediction is NaN or Inf
     ├── WeightsError              a file of weights that cannot be read, or is no model of ours
-    └── RunError                  a run directory that cannot be written, resumed or read
+    ├── RunError                  a run directory that cannot be written, resumed or read
+    └── StoppedError              a signal ended the run; its checkpoints are written
 
 Messages name the slide, the setting or the file, what was found, and what to do, in one line.
 """
@@ -50,3 +51,20 @@ class WeightsError(TrainError):
 
 class RunError(TrainError):
     """A run directory cannot be written, resumed or read."""
+
+
+class StoppedError(TrainError):
+    """A signal asked the run to stop: it wrote its checkpoints and can be resumed.
+
+    Parameters
+    ----------
+    signal_number
+        Which signal.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+    def __reduce__(self) -> tuple[type[StoppedError], tuple[str, int]]:
+        return type(self), (str(self), self.signal_number)  # it travels between processes

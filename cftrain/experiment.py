@@ -1,4 +1,8 @@
-"""Cross-validation: every fold trained and evaluated, one run directory written.
+"""Cross-validation: every fold of every model and seed trained and evaluated, a run directory written for each.
+
+Learners (a model on a fold, with a seed) are trained in groups. A group reads the cohort once per epoch for all
+its learners; groups run one after the other, or side by side in processes. Which learners share a group, how
+many processes there are, and where a run was stopped change no number.
 
 Both selection rules are recorded for every fold: the last epoch of a schedule that was fixed
 beforehand (honest), and the epoch that scored best on the very fold that is reported (the
@@ -7,39 +11,45 @@ paper's rule, which even random predictions pass with flattering numbers).
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import multiprocessing
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cftrain import run_directory
+from cftrain.budget import StepCost, largest_fits, patch_budget, training_cost
 from cftrain.cache import CachePlan, plan_cache
-from cftrain.config import RunConfig, to_toml
+from cftrain.config import ModelOption, RunConfig, to_toml
 from cftrain.data import RunData, load_data
-from cftrain.device import free_gpu
-from cftrain.errors import ConfigError, RunError
-from cftrain.feed import Feed, cohort_bytes
-from cftrain.fold_training import make_model, train_fold
-from cftrain.folds import FoldSlides
+from cftrain.device import choose_device, free_gpu
+from cftrain.errors import ConfigError
+from cftrain.feed import cohort_bytes
+from cftrain.learner import CHECKPOINT, make_model
 from cftrain.memory import free_ram
+from cftrain.passes import Beat, Clock
 from cftrain.provenance import collect
-from cftrain.results import Epoch, FoldResult, write_predictions, write_summary
+from cftrain.ranks import Ranks, process_group
+from cftrain.results import Epoch, FoldResult, write_predictions
+from cftrain.stopping import StopRequest, listening
+from cftrain.summary import Effort, total_work, write_summary
+from cftrain.teams import Spec, Team, Told, fold_directory, train_teams
 
 
 @dataclass(frozen=True)
 class Watcher:
-    """What the caller wants to hear while a run goes on; all may stay silent."""
+    """What the caller wants to hear while runs go on; all may stay silent. A run is known by its place in the list."""
 
-    on_data: Callable[[RunData, int], None] = lambda data, n_parameters: None
+    on_data: Callable[[RunData, Sequence[int]], None] = lambda data, n_parameters: None
     on_cache: Callable[[CachePlan], None] = lambda plan: None
-    on_epoch: Callable[[FoldSlides, Epoch], None] = lambda fold, epoch: None
-    on_fold: Callable[[FoldResult], None] = lambda result: None
+    on_epoch: Callable[[int, int, Epoch], None] = lambda run, fold, epoch: None
+    on_beat: Callable[[Beat], None] = lambda beat: None
+    on_fold: Callable[[int, FoldResult], None] = lambda run, result: None
 
 
 @dataclass(frozen=True)
@@ -50,23 +60,95 @@ class FinishedRun:
     summary: Mapping[str, Any]
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the GPU where there is one.
+@dataclass(frozen=True)
+class Prepared:
+    """Runs on one cohort, checked and ready: nothing was read but labels, and nothing written.
+
+    Parameters
+    ----------
+    configs
+        With every setting resolved.
+    n_parameters
+        Of each run's model; as `scales`.
+    cohort_bytes, step_bytes
+        Of all decoded bags; and of memory that the largest training step of each run needs.
+    jobs
+        Groups that train side by side.
+    fused
+        Whether learners train in groups that share their readings.
+    """
+
+    configs: tuple[RunConfig, ...]
+    data: RunData
+    device: torch.device
+    cache: CachePlan
+    n_parameters: tuple[int, ...]
+    scales: tuple[tuple[int, ...], ...]
+    cohort_bytes: int
+    step_bytes: tuple[int, ...]
+    jobs: int
+    fused: bool
+
+    def teams(self) -> list[list[Spec]]:
+        """Which learners train together, group by group."""
+        specs = [Spec(run, fold.number) for run in range(len(self.configs)) for fold in self.data.folds]
+        if not self.fused:
+            return [[spec] for spec in specs]
+        return [team for team in (specs[job :: self.jobs] for job in range(self.jobs)) if team]
+
+
+def prepare(
+    configs: Sequence[RunConfig], store: Path, *, device: str = "auto", jobs: int = 1, fuse: bool = True
+) -> Prepared:
+    """Check that the runs can be made, and decide where bags are kept and how many patches go together.
+
+    Raises
+    ------
+    ConfigError, MissingScaleError, LeakageError, StoreError
+        The data do not allow these runs, or their largest slide does not fit the device.
+    """
+    first = configs[0]
+    chosen = choose_device(device)
+    if any(config.data != first.data for config in configs):
+        message = "runs that share their readings need the same [data] settings; run them apart"
+        raise ConfigError(message)
+    scales = {config.model.name: make_model(config, feature_dim=2).scales for config in configs}
+    data = load_data(store, first.data, scales, first.order_seed)
+    nbytes = cohort_bytes(data)
+    fused = fuse and first.data.order != "independent"
+    jobs = min(jobs, len(data.folds) * len(configs))
+    plan = plan_cache(first.data.cache, cohort_bytes=nbytes, ram_free=free_ram(), gpu_free=free_gpu(chosen), jobs=jobs)
+    fitted = [_fitted(config, data, chosen, jobs) for config in configs]
+    resolved, step_bytes = tuple(config for config, _ in fitted), tuple(nbytes for _, nbytes in fitted)
+    n_parameters = tuple(
+        sum(weight.numel() for weight in make_model(config, data.cohort.dim).parameters()) for config in configs
+    )
+    of_runs = tuple(tuple(scales[config.model.name]) for config in configs)
+    return Prepared(resolved, data, chosen, plan, n_parameters, of_runs, nbytes, step_bytes, jobs, fused)
+
+
+def _fitted(config: RunConfig, data: RunData, device: torch.device, jobs: int) -> tuple[RunConfig, int]:
+    """`train.batch_patches` as a number, if it is left to us, and the bytes of the largest step.
 
     Raises
     ------
     ConfigError
-        No such device here.
+        The largest slide does not fit.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        message = f"--device {name}: not available here ({str(error).splitlines()[0]}); use cpu, cuda or auto"
-        raise ConfigError(message) from error
-    return device
+    free = (free_gpu(device) or free_ram()) // jobs
+    options = tuple(sorted({**config.model.options, "n_bins": config.n_outputs}.items()))
+    cost = _cost(config.model.name, options, data.cohort.dim, device.type)
+    patches = {example.name: example.n_patches for example in data.examples}
+    largest = largest_fits(cost, patches, free)
+    found = config.train.batch_patches or patch_budget(cost, patches, free)
+    train = dataclasses.replace(config.train, batch_patches=found)
+    return dataclasses.replace(config, train=train), cost.nbytes(patches[largest])
+
+
+@cache
+def _cost(model: str, options: tuple[tuple[str, ModelOption], ...], dim: int, device_type: str) -> StepCost:
+    """What a training step costs; counted once for each model of a process, which takes seconds."""
+    return training_cost(model, dict(options), dim, device_type=device_type)
 
 
 def cross_validate(
@@ -76,123 +158,131 @@ def cross_validate(
     *,
     device: str = "auto",
     jobs: int = 1,
+    fuse: bool = True,
+    resume: bool = False,
     command: Sequence[str] = (),
     watch: Watcher | None = None,
 ) -> FinishedRun:
-    """Train and evaluate every fold and write the run directory `out`.
+    """Train and evaluate every fold and write the run directory `out`; see `train_runs`."""
+    (done,) = train_runs(
+        [config], store, [out], device=device, jobs=jobs, fuse=fuse, resume=resume, command=command, watch=watch
+    )
+    return done
+
+
+def train_runs(
+    configs: Sequence[RunConfig],
+    store: Path,
+    outs: Sequence[Path],
+    *,
+    device: str = "auto",
+    jobs: int = 1,
+    fuse: bool = True,
+    resume: bool = False,
+    command: Sequence[str] = (),
+    watch: Watcher | None = None,
+) -> list[FinishedRun]:
+    """Cross-validate several models or seeds on one cohort, and write a run directory for each.
 
     Parameters
     ----------
-    config, store, out
-        What to do, on which data, and where to write; with `config.data.shards` the store is not opened.
+    configs, store, outs
+        What to do, on which data, and where to write; with `data.shards` the store is not opened.
     device
         "auto", "cpu", "cuda", "cuda:1".
     jobs
-        Folds trained side by side, each in a process with its share of the CPU's threads.
+        Groups of folds trained side by side, each in a process with its share of the CPU's threads.
+    fuse
+        Whether the folds of a group (and models, and seeds) share one reading of the cohort per epoch.
+    resume
+        Go on with directories that were begun; those that were finished are left alone.
     command
         Kept in provenance.json.
     watch
-        What to call while the run goes on.
+        What to call while the runs go on.
 
     Raises
     ------
     RunError
-        `out` holds files already.
+        A directory holds files already, or cannot be gone on with.
     ConfigError, MissingScaleError, LeakageError, StoreError
-        The data do not allow this run; raised before any feature is read.
+        The data do not allow these runs; raised before any feature is read.
     NonFiniteError
         Training diverged; names the slides.
+    StoppedError
+        A signal asked for it; what was done is kept for `resume`.
     """
     watch = watch or Watcher()
-    chosen = choose_device(device)
-    scales = make_model(config, feature_dim=2).scales
-    data = load_data(store, config.data, config.model.name, scales, config.train.seed)
-    toml = to_toml(config)
-    n_parameters = sum(weight.numel() for weight in make_model(config, data.cohort.dim).parameters())
-    jobs = min(jobs, len(data.folds))
-    cache = plan_cache(
-        config.data.cache,
-        cohort_bytes=cohort_bytes(data),
-        ram_free=free_ram(),
-        gpu_free=free_gpu(chosen),
-        jobs=jobs,
-    )
-    _begin(out, toml, collect(data, config, chosen, command, toml))
-    watch.on_data(data, n_parameters)
-    watch.on_cache(cache)
-    started = time.perf_counter()
-    if jobs == 1:
-        trained = _one_by_one(config, data, chosen, cache, out, watch)
+    with ExitStack() as stack:
+        ranks = stack.enter_context(process_group(choose_device(device)))
+        ready = prepare(configs, store, device=device, jobs=1 if ranks.world > 1 else jobs, fuse=fuse)
+        if ranks.first:
+            for out in outs:
+                stack.enter_context(run_directory.held(out))
+            for config, out in zip(ready.configs, outs, strict=True):
+                _enter(out, config, ready, command, resume=resume)
+        ranks.barrier()
+        if ranks.first:
+            watch.on_data(ready.data, ready.n_parameters)
+            watch.on_cache(ready.cache)
+        stop = stack.enter_context(listening())
+        return _trained(ready, outs, ranks, stop, watch)
+
+
+def _enter(out: Path, config: RunConfig, ready: Prepared, command: Sequence[str], *, resume: bool) -> None:
+    provenance = collect(ready.data, config, ready.device, command, to_toml(config))
+    if resume and run_directory.begun(out):
+        run_directory.go_on(out, config, provenance)
     else:
-        trained = _side_by_side(config, data, chosen, cache, out, watch, jobs)
-    results = []
-    for result in trained:
-        results.append(result)
-        watch.on_fold(result)
-    results.sort(key=lambda result: result.slides.number)
-    seconds = time.perf_counter() - started
-    write_predictions(out, results)
-    return FinishedRun(out, write_summary(out, config, data, results, seconds, n_parameters, chosen))
+        run_directory.begin(out, config, provenance)
 
 
-def _fold_directory(out: Path, fold: FoldSlides) -> Path:
-    return out / f"fold_{fold.number}"
+def _trained(
+    ready: Prepared, outs: Sequence[Path], ranks: Ranks, stop: StopRequest, watch: Watcher
+) -> list[FinishedRun]:
+    """Train what is not finished, and write each run's results as soon as its last fold is there."""
+    finished = {
+        run: FinishedRun(out, json.loads((out / "summary.json").read_text()))
+        for run, out in enumerate(outs)
+        if (out / "summary.json").exists()
+    }
+    results: dict[int, list[FoldResult]] = {run: [] for run in range(len(outs))}
+    clock = Clock()
+    teams = [[spec for spec in team if spec.run not in finished] for team in ready.teams()]
+    shared = Team(ready.configs, ready.data, tuple(outs), ready.device, ready.cache)
+    told = Told(watch.on_epoch if ranks.first else Watcher().on_epoch, watch.on_beat if ranks.first else _unheard)
+    for done in train_teams(shared, [team for team in teams if team], ready.jobs, ranks, stop, clock, told):
+        results[done.run].append(done.result)
+        if ranks.first:
+            watch.on_fold(done.run, done.result)
+        if len(results[done.run]) == len(ready.data.folds):
+            effort = Effort(clock.elapsed, done.peak_bytes, total_work(results[done.run]))
+            finished[done.run] = _write(ready, done.run, outs[done.run], results[done.run], effort, ranks)
+    return [finished[run] for run in range(len(outs))]
 
 
-def _one_by_one(
-    config: RunConfig, data: RunData, device: torch.device, cache: CachePlan, out: Path, watch: Watcher
-) -> Iterator[FoldResult]:
-    feed = Feed(data, data.cohort.scales, config.data, device, cache)
-    for fold in data.folds:
-        yield train_fold(config, data, feed, fold, _fold_directory(out, fold), watch.on_epoch)
+def _unheard(beat: Beat) -> None:
+    """Nobody listens."""
 
 
-def _side_by_side(
-    config: RunConfig, data: RunData, device: torch.device, cache: CachePlan, out: Path, watch: Watcher, jobs: int
-) -> Iterator[FoldResult]:
-    """Folds in processes of their own; epochs are told through a queue. Yields folds as they finish."""
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        epochs = manager.Queue()
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        pending = {
-            pool.submit(_in_process, config, data, fold, device, cache, threads, out, epochs.put) for fold in data.folds
-        }
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                while not epochs.empty():
-                    watch.on_epoch(*epochs.get())
-                for future in done:
-                    yield future.result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _in_process(
-    config: RunConfig,
-    data: RunData,
-    fold: FoldSlides,
-    device: torch.device,
-    cache: CachePlan,
-    threads: int,
-    out: Path,
-    tell: Callable[[tuple[FoldSlides, Epoch]], None],
-) -> FoldResult:
-    torch.set_num_threads(threads)
-    feed = Feed(data, data.cohort.scales, config.data, device, cache)
-    return train_fold(config, data, feed, fold, _fold_directory(out, fold), lambda *epoch: tell(epoch))
-
-
-def _begin(out: Path, toml: str, provenance: Mapping[str, Any]) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        message = f"{out}: holds files already; name another run directory with --out"
-        raise RunError(message)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.toml").write_text(toml)
-        (out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
-    except OSError as error:
-        message = f"{out}: cannot write the run directory ({error.strerror})"
-        raise RunError(message) from error
+def _write(
+    ready: Prepared, run: int, out: Path, results: Sequence[FoldResult], effort: Effort, ranks: Ranks
+) -> FinishedRun:
+    """The results of a run; its checkpoints are not needed any more."""
+    ordered = sorted(results, key=lambda result: result.examples.number)
+    summary: Mapping[str, Any] = {}
+    if ranks.first:
+        write_predictions(out, ordered)
+        summary = write_summary(
+            out,
+            ready.configs[run],
+            ready.data,
+            ordered,
+            effort,
+            ready.n_parameters[run],
+            ready.scales[run],
+            ready.device,
+        )
+        for result in ordered:
+            (fold_directory(out, result.examples.number) / CHECKPOINT).unlink(missing_ok=True)
+    return FinishedRun(out, summary)

@@ -1,37 +1,48 @@
-"""Slides from the store to batches on the device that computes, read ahead and kept between epochs."""
+"""Examples from the store to batches on the device that computes: read ahead, held while needed, kept between epochs.
+
+One pass over the cohort feeds every learner that visits an example: it is read, copied and decoded once per pass,
+and held until the last step that needs it is done.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from cfstore import CohortSlide, SlideBags, SlideReader
+from cfstore import SlideBags, SlideReader
 from cftrain.cache import NO_CACHE, CachePlan
 from cftrain.config import DataConfig
 from cftrain.data import RunData
-from cftrain.device import DeviceSlide, HostMemory, SlideCache, host_memory, on_device, pinned
+from cftrain.device import Arrivals, DeviceSlide, HostMemory, SlideCache, host_memory, on_device, pinned
+from cftrain.examples import Example
 from cftrain.models import BagBatch
+from cftrain.order import Step, Visit
+
+_RING_STEP: Final = 256 << 20
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a feed has delivered; `bytes_read` are decoded bytes from the store, the caches' not counted."""
+    """What was delivered; `bytes_read` are decoded bytes from the store, the caches' not counted."""
 
-    n_slides: int
-    n_patches: int
-    bytes_read: int
-    wait_seconds: float
+    n_slides: int = 0
+    n_patches: int = 0
+    bytes_read: int = 0
+    wait_seconds: float = 0.0
+    compute_seconds: float = 0.0
 
-    def since(self, earlier: Work) -> Work:
+    def plus(self, other: Work) -> Work:
         return Work(
-            self.n_slides - earlier.n_slides,
-            self.n_patches - earlier.n_patches,
-            self.bytes_read - earlier.bytes_read,
-            self.wait_seconds - earlier.wait_seconds,
+            self.n_slides + other.n_slides,
+            self.n_patches + other.n_patches,
+            self.bytes_read + other.bytes_read,
+            self.wait_seconds + other.wait_seconds,
+            self.compute_seconds + other.compute_seconds,
         )
 
 
@@ -44,7 +55,7 @@ def cohort_bytes(data: RunData) -> int:
 
 @dataclass
 class Feed:
-    """Reads slides and packs them into batches, and knows how long the model waited for it.
+    """Reads examples and packs them into batches, and knows how long the learners waited for it.
 
     A slide comes from the device's cache, else from RAM, else from the store. What comes is the same
     from each; the reader is asked only for what is in neither.
@@ -56,11 +67,10 @@ class Feed:
     device: torch.device
     cache: CachePlan = NO_CACHE
     wait_seconds: float = 0.0
-    n_slides: int = 0
-    n_patches: int = 0
     _reader: SlideReader = field(init=False)
     _caches: tuple[SlideCache, ...] = field(init=False)
     _host: HostMemory = field(init=False)
+    _ring_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         ids = [slide.slide_id for slide in self.data.cohort.slides]
@@ -69,40 +79,64 @@ class Feed:
         ram = SlideCache(torch.device("cpu"), self.cache.ram_bytes)
         self._caches = (SlideCache(self.device, self.cache.gpu_bytes), ram)
         self._host = host_memory(self.device)
+        self._ring_bytes = self.config.ahead_mib << 20
 
     @property
-    def work(self) -> Work:
-        """What was delivered so far."""
-        return Work(self.n_slides, self.n_patches, self._reader.bytes_read, self.wait_seconds)
+    def bytes_read(self) -> int:
+        """Decoded bytes read from the store so far."""
+        return self._reader.bytes_read
 
-    def batches(self, groups: Iterable[Sequence[CohortSlide]]) -> Iterator[tuple[BagBatch, Sequence[CohortSlide]]]:
-        """One packed batch per group, in order; the next slides are read while the caller computes.
+    @contextmanager
+    def window(self, steps: Sequence[Sequence[Visit]]) -> Iterator[Window]:
+        """What `steps` need, in their order, for as long as each is needed.
 
-        A batch depends on its group alone: groups from the middle of an epoch give what the whole
-        epoch would have given there, whatever the number of readers and what the caches hold.
+        Parameters
+        ----------
+        steps
+            The visits of each step; a step's places are never before those that an earlier step was ready at.
+            What comes depends on them alone, whatever the number of readers and what the caches hold.
         """
-        listed = list(groups)
-        ids = [slide.slide_id for group in listed for slide in group]
-        to_read, coming = self._to_read(ids)
-        read = iter(to_read)
+        visits = {visit.place: visit.example for step in steps for visit in step}
+        ordered = sorted(visits.items())
+        slide_ids = [slide_id for _, example in ordered for slide_id in example.slide_ids]
+        to_read, coming = self._to_read(slide_ids)
         stream = self._reader.stream(
-            [slide_id for slide_id, wanted in zip(ids, to_read, strict=True) if wanted],
+            [slide_id for slide_id, wanted in zip(slide_ids, to_read, strict=True) if wanted],
             threads=self.config.readers,
             ahead=self.config.ahead,
-            ahead_bytes=self.config.ahead_mib << 20,
+            ahead_bytes=self._room_for(steps),
         )
+        arriving = Arrivals(self._arriving(ordered, iter(to_read), stream), self.device)
         try:
-            for group in listed:
-                batch = self._batch([(slide.slide_id, next(read)) for slide in group], stream)
-                self.n_slides += len(group)
-                self.n_patches += sum(sum(slide.n_patches.values()) for slide in group)
-                yield batch, group
+            yield Window(self, arriving, _last_uses(steps))
         finally:
+            arriving.close()
+            stream.close()
             for cache in self._caches:
                 cache.release(coming)
 
+    def _room_for(self, steps: Sequence[Sequence[Visit]]) -> int:
+        """Bytes of the reader's memory: what is read ahead, and on a CPU also what steps hold, which is not copied."""
+        if self.device.type == "cpu":
+            needed = (self.config.ahead_mib << 20) + self.held_bytes(steps)
+            self._ring_bytes = max(self._ring_bytes, -(-needed // _RING_STEP) * _RING_STEP)
+        return self._ring_bytes
+
+    def held_bytes(self, steps: Sequence[Sequence[Visit]]) -> int:
+        """The most bytes of bags that `steps` hold at any one time; reads no features."""
+        last, sizes = _last_uses(steps), dict[int, int]()
+        most = held = 0
+        for number, step in enumerate(steps):
+            for visit in step:
+                if visit.place not in sizes:
+                    sizes[visit.place] = sum(self._reader.buffer_bytes(each) for each in visit.example.slide_ids)
+                    held += sizes[visit.place]
+            most = max(most, held)
+            held -= sum(sizes[place] for place in {visit.place for visit in step} if last[place] == number)
+        return most
+
     def _to_read(self, slide_ids: Sequence[str]) -> tuple[list[bool], set[str]]:
-        """Which of the visits need the reader, and the slides that will be kept once they were read."""
+        """Which of the slides need the reader, and those that will be kept once they were read."""
         coming: set[str] = set()
         wanted = []
         for slide_id in slide_ids:
@@ -113,22 +147,23 @@ class Feed:
                     coming.add(slide_id)
         return wanted, coming
 
-    def _batch(self, visits: Sequence[tuple[str, bool]], stream: Iterator[SlideBags]) -> BagBatch:
-        """The slides of one batch on the device; those marked come from the stream."""
-        self._host.release()
-        slides, held = [], []
-        for slide_id, read in visits:
-            if read:
-                started = time.perf_counter()
-                slide = next(stream)
-                self.wait_seconds += time.perf_counter() - started
-                slides.append(self._moved(slide))
-                held.append(slide)
-            else:
-                slides.append(self._from_cache(slide_id))
-        bags = [{scale: slide[scale].features() for scale in self.scales} for slide in slides]
-        self._host.hold(held)
-        return BagBatch.pack([slide_id for slide_id, _ in visits], bags)
+    def _arriving(
+        self, visits: Sequence[tuple[int, Example]], to_read: Iterator[bool], stream: Iterator[SlideBags]
+    ) -> Generator[tuple[int, list[DeviceSlide]], None, None]:
+        """The examples in the order of their places, each with its slides on the device."""
+        for place, example in visits:
+            self._host.release()
+            slides, held = [], []
+            for slide_id in example.slide_ids:
+                if next(to_read):
+                    held.append(next(stream))
+                    slides.append(self._moved(held[-1]))
+                else:
+                    slides.append(self._from_cache(slide_id))
+            self._host.hold(held)
+            del held
+            yield place, slides
+            del slides
 
     def _moved(self, slide: SlideBags) -> DeviceSlide:
         """A slide that was read, on the device; kept in the cache that has room reserved for it."""
@@ -142,3 +177,48 @@ class Feed:
     def _from_cache(self, slide_id: str) -> DeviceSlide:
         kept = next(cache[slide_id] for cache in self._caches if slide_id in cache)
         return {scale: bag.to(self.device) for scale, bag in kept.items()}
+
+
+class Window:
+    """The examples that steps in progress hold."""
+
+    def __init__(
+        self, feed: Feed, arriving: Arrivals[tuple[int, list[DeviceSlide]]], last_uses: dict[int, int]
+    ) -> None:
+        self._feed, self._arriving = feed, arriving
+        self._last_uses, self._done = last_uses, 0
+        self._held: dict[int, list[DeviceSlide]] = {}
+
+    def batch(self, pack: Sequence[Visit], scales: Sequence[int]) -> BagBatch:
+        """The bags of a pack, one per visit, on the device; waits until they have arrived."""
+        started = time.perf_counter()
+        while any(visit.place not in self._held for visit in pack):
+            place, slides = next(self._arriving)
+            self._held[place] = slides
+        self._feed.wait_seconds += time.perf_counter() - started
+        bags = [
+            {scale: _joined([slide[scale].features() for slide in self._held[visit.place]]) for scale in scales}
+            for visit in pack
+        ]
+        return BagBatch.pack([visit.example.name for visit in pack], bags)
+
+    def done(self, step: Sequence[Visit]) -> None:
+        """Let go of what no later step needs; called once for every step, in their order."""
+        for place in {visit.place for visit in step}:
+            if self._last_uses[place] == self._done:
+                self._held.pop(place, None)
+        self._done += 1
+
+
+def step_visits(step: Step, packs: Sequence[int]) -> list[Visit]:
+    """The visits of those packs of a step."""
+    return [visit for index in packs for visit in step.packs[index]]
+
+
+def _joined(bags: list[torch.Tensor]) -> torch.Tensor:
+    return bags[0] if len(bags) == 1 else torch.cat(bags)
+
+
+def _last_uses(steps: Sequence[Sequence[Visit]]) -> dict[int, int]:
+    """The last step that visits each place."""
+    return {visit.place: number for number, step in enumerate(steps) for visit in step}

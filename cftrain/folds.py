@@ -1,39 +1,40 @@
-"""Patients of a fold to slides of a fold; leakage is refused, slides in no part are named."""
+"""Patients of a fold to examples of a fold; leakage is refused, slides in no part are named."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cfstore import Cohort, CohortSlide, Fold, SplitSet
+from cfstore import Cohort, Fold, SplitSet
 from cftrain.errors import ConfigError, LeakageError
+from cftrain.examples import Example
 
 
 @dataclass(frozen=True)
-class FoldSlides:
-    """The slides of one fold."""
+class FoldExamples:
+    """What one fold trains on and what it is validated on."""
 
     number: int
-    train: tuple[CohortSlide, ...]
-    val: tuple[CohortSlide, ...]
+    train: tuple[Example, ...]
+    val: tuple[Example, ...]
 
 
-def _check(number: int, fold: Fold, train: tuple[CohortSlide, ...], val: tuple[CohortSlide, ...], name: str) -> None:
+def _check(number: int, fold: Fold, train: Sequence[Example], val: Sequence[Example], name: str) -> None:
     shared = sorted(fold.train & fold.val)
     if shared:
         message = f"splits {name}, fold {number}: patients in both train and val: {', '.join(shared[:5])}"
         raise LeakageError(message)
-    if not any(slide.event for slide in train) or not val:
+    if not any(example.event for example in train) or not val:
         message = (
-            f"splits {name}, fold {number}: {len(train)} train slides with {sum(slide.event for slide in train)} "
+            f"splits {name}, fold {number}: {len(train)} train slides with {sum(each.event for each in train)} "
             f"observed deaths, {len(val)} val slides; a fold needs a death to learn from and a slide to measure on. "
             "Make other folds with `cfstore splits --make`"
         )
         raise ConfigError(message)
 
 
-def fold_slides(cohort: Cohort, splits: SplitSet) -> list[FoldSlides]:
-    """The slides of every fold.
+def fold_examples(examples: Sequence[Example], splits: SplitSet) -> list[FoldExamples]:
+    """The examples of every fold.
 
     Raises
     ------
@@ -44,10 +45,10 @@ def fold_slides(cohort: Cohort, splits: SplitSet) -> list[FoldSlides]:
     """
     folds = []
     for number, fold in sorted(splits.folds.items()):
-        train = tuple(slide for slide in cohort.slides if slide.patient_id in fold.train)
-        val = tuple(slide for slide in cohort.slides if slide.patient_id in fold.val)
+        train = tuple(each for each in examples if each.patient_id in fold.train)
+        val = tuple(each for each in examples if each.patient_id in fold.val)
         _check(number, fold, train, val, splits.name)
-        folds.append(FoldSlides(number, train, val))
+        folds.append(FoldExamples(number, train, val))
     return folds
 
 

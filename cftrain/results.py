@@ -1,35 +1,34 @@
-"""What a fold's training yields, and from all folds predictions.parquet and summary.json."""
+"""What a fold's training yields: epochs and predictions; and predictions.parquet from all folds."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from cfstore import CohortSlide
-from cftrain.config import RunConfig, TrainConfig
-from cftrain.data import RunData
+from cftrain.assessment import FoldOutcome
+from cftrain.examples import Example
 from cftrain.feed import Work
-from cftrain.folds import FoldSlides
-from cftrain.loop import Evaluation
-from cftrain.provenance import device_name
-from cftrain.survival import TimeBins, c_index, log_rank_median_split, patient_level, summarise
-
-BEST_EPOCH_RULE: Final = "best epoch on the reported fold (the paper's rule; optimistic)"
-_ORACLES: Final = {"oracle": "oracle_risk", "5x alone": "oracle_5x", "20x alone": "oracle_20x"}
+from cftrain.folds import FoldExamples
+from cftrain.models import SurvivalOutput
+from cftrain.survival import PatientLevel, TimeBins, c_index, ce_survival, cox_loss, nll_survival, patient_level
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of metrics.jsonl; C-indices are of the validation fold, NaN where undefined."""
+    """One line of metrics.jsonl; C-indices are of the validation fold, NaN where undefined.
+
+    `skipped` says of every step that was left out why, and which slides were in it (`train.on_nan`).
+    """
 
     epoch: int
     train_loss: float
@@ -38,19 +37,47 @@ class Epoch:
     c_index_patient: float
     lr: float
     seconds: float
+    skipped: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Epoch:
+        """The epoch of a line of JSON."""
+        values: dict[str, Any] = {name: math.nan if value is None else value for name, value in row.items()}
+        return cls(**values | {"skipped": tuple(row["skipped"])})
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Predictions for N examples: risk [N], survival [N, K] (None: the model only ranks), mean loss (alpha 0)."""
+
+    risk: NDArray[np.float64]
+    survival: NDArray[np.float64] | None
+    loss: float
+
+
+def predictions_of(logits: Tensor, examples: Sequence[Example], bins: TimeBins, loss: str) -> Predictions:
+    """What logits [N, K] float64 mean: survival and risk of hazards, or with "cox" the log hazard as risk."""
+    event = torch.tensor([example.event for example in examples])
+    months = np.array([example.time_months for example in examples])
+    if loss == "cox":
+        value = cox_loss(logits[:, 0], torch.from_numpy(months), event, reduction="mean")
+        return Predictions(logits[:, 0].numpy(), None, float(value))
+    output = SurvivalOutput.from_logits(logits)
+    measure = ce_survival if loss == "ce" else nll_survival
+    value = measure(logits, torch.from_numpy(bins.assign(months)), event)
+    return Predictions(output.risk.numpy(), output.survival.numpy(), float(value))
 
 
 @dataclass(frozen=True, eq=False)
 class FoldResult:
     """A trained fold: its epochs, and predictions under both selection rules."""
 
-    slides: FoldSlides
+    examples: FoldExamples
     bins: TimeBins
     epochs: tuple[Epoch, ...]
     best: int
-    last_prediction: Evaluation
-    best_prediction: Evaluation
-    seconds: float
+    last_prediction: Predictions
+    best_prediction: Predictions
     work: Work
 
     @property
@@ -62,12 +89,39 @@ class FoldResult:
         return self.epochs[self.best]
 
 
-def scores(slides: Sequence[CohortSlide], risk: Any) -> tuple[float, float]:
+@dataclass(frozen=True, eq=False)
+class SlideRows:
+    """Examples as rows of slides: a patient's bag gives its risk to each of its slides."""
+
+    slide_id: list[str]
+    patient_id: list[str]
+    time_months: NDArray[np.float64]
+    event: NDArray[np.bool_]
+    example: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> SlideRows:
+        rows = [(slide, number) for number, example in enumerate(examples) for slide in example.slide_ids]
+        own = [examples[number] for _, number in rows]
+        return cls(
+            slide_id=[slide for slide, _ in rows],
+            patient_id=[example.patient_id for example in own],
+            time_months=np.array([example.time_months for example in own]),
+            event=np.array([example.event for example in own]),
+            example=np.array([number for _, number in rows]),
+        )
+
+    def patients(self, risk: NDArray[np.float64]) -> PatientLevel:
+        """One row per patient, with the mean risk of their slides; `risk` is of examples."""
+        return patient_level(self.patient_id, self.time_months, self.event, risk[self.example])
+
+
+def scores(examples: Sequence[Example], risk: NDArray[np.float64]) -> tuple[float, float]:
     """C-index per slide, and per patient (mean risk of the patient's slides)."""
-    times = np.array([slide.time_months for slide in slides])
-    event = np.array([slide.event for slide in slides])
-    patients = patient_level([slide.patient_id for slide in slides], times, event, risk)
-    return c_index(times, event, risk), c_index(patients.time_months, patients.event, patients.risk)
+    rows = SlideRows.of(examples)
+    patients = rows.patients(risk)
+    per_slide = c_index(rows.time_months, rows.event, risk[rows.example])
+    return per_slide, c_index(patients.time_months, patients.event, patients.risk)
 
 
 def without_nan(value: Any) -> Any:
@@ -79,163 +133,58 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def last_epoch_rule(train: TrainConfig) -> str:
-    """How the honest number was chosen, in words."""
-    if train.patience:
-        return f"last epoch, {train.patience} after the best on the reported fold at the latest (no fixed schedule)"
-    return f"last epoch of a schedule fixed beforehand ({train.epochs} epochs)"
-
-
 def write_predictions(out: Path, results: Sequence[FoldResult]) -> None:
     """One row per validated slide: labels, risk under both rules, and survival per bin (last epoch)."""
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("slide_id", "patient_id", "fold", "time_months", "event", "risk", "risk_best_epoch")
-    }
+    tables = []
     for result in results:
-        for i, slide in enumerate(result.slides.val):
-            row = (
-                slide.slide_id,
-                slide.patient_id,
-                result.slides.number,
-                slide.time_months,
-                slide.event,
-                result.last_prediction.risk[i],
-                result.best_prediction.risk[i],
+        rows = SlideRows.of(result.examples.val)
+        last, best = result.last_prediction, result.best_prediction
+        columns = {
+            "slide_id": rows.slide_id,
+            "patient_id": rows.patient_id,
+            "fold": np.full(len(rows.slide_id), result.examples.number),
+            "time_months": rows.time_months,
+            "event": rows.event,
+            "risk": last.risk[rows.example],
+            "risk_best_epoch": best.risk[rows.example],
+        }
+        if last.survival is not None:
+            survival = last.survival[rows.example]
+            columns |= {f"survival_{k + 1}": survival[:, k] for k in range(survival.shape[1])}
+        tables.append(pa.table(columns))
+    temporary = out / ".predictions.parquet"
+    pq.write_table(pa.concat_tables(tables), temporary)
+    temporary.replace(out / "predictions.parquet")
+
+
+def outcomes(results: Sequence[FoldResult]) -> list[FoldOutcome]:
+    """What an assessment needs of every fold: its patients' labels and predictions."""
+    found = []
+    for result in results:
+        rows = SlideRows.of(result.examples.val)
+        patients = rows.patients(result.last_prediction.risk)
+        labels = {each.patient_id: (each.time_months, each.event) for each in result.examples.train}
+        found.append(
+            FoldOutcome(
+                fold=result.examples.number,
+                train_time=np.array([months for months, _ in labels.values()]),
+                train_event=np.array([event for _, event in labels.values()]),
+                patients=patients,
+                survival=_patient_survival(rows, patients, result.last_prediction.survival),
+                edges=result.bins.edges,
             )
-            for column, value in zip(columns.values(), row, strict=True):
-                column.append(value)
-    survival = np.concatenate([result.last_prediction.survival for result in results])
-    table = pa.table(columns | {f"survival_{k + 1}": survival[:, k] for k in range(survival.shape[1])})
-    pq.write_table(table, out / "predictions.parquet")
-
-
-def _log_rank(results: Sequence[FoldResult]) -> dict[str, Any]:
-    """Patients split at the median risk of their own fold (risks of different models share no scale), then pooled."""
-    times, event, centred = [], [], []
-    for result in results:
-        slides = result.slides.val
-        patients = patient_level(
-            [slide.patient_id for slide in slides],
-            [slide.time_months for slide in slides],
-            np.array([slide.event for slide in slides]),
-            result.last_prediction.risk,
         )
-        times.append(patients.time_months)
-        event.append(patients.event)
-        centred.append(np.where(patients.risk >= np.median(patients.risk), 1.0, -1.0))
-    groups = np.concatenate(centred)
-    split = log_rank_median_split(np.concatenate(times), np.concatenate(event), groups)
-    return {
-        "p": split.p_value,
-        "n_high": int((groups > 0).sum()),
-        "n_low": int((groups < 0).sum()),
-        "split": "risk at or above the median of its fold",
-        "unit": "patient",
-    }
+    return found
 
 
-def _metric(results: Sequence[FoldResult], value: Callable[[FoldResult], float], rule: str) -> dict[str, Any]:
-    return {**summarise([value(result) for result in results]), "rule": rule}
-
-
-def _reference(data: RunData, results: Sequence[FoldResult]) -> dict[str, Any] | None:
-    """C-index of a synthetic cohort's planted risks on the same patients of the same folds."""
-    rows = data.patients
-    if not all(row.get(column) is not None for row in rows.values() for column in _ORACLES.values()):
-        return None  # also where real patients lie beside synthetic ones
-    found: dict[str, Any] = {}
-    for name, column in _ORACLES.items():
-        folds = []
-        for result in results:
-            people = {slide.patient_id: slide for slide in result.slides.val}
-            risk = np.array([float(rows[patient][column]) for patient in people])
-            times = [slide.time_months for slide in people.values()]
-            folds.append(c_index(times, np.array([slide.event for slide in people.values()]), risk))
-        found[name] = dict(summarise(folds))
-    single = max(("5x alone", "20x alone"), key=lambda name: found[name]["mean"])
-    return {"oracle": found["oracle"], "best_single_scale": {**found[single], "scale": int(single.split("x")[0])}}
-
-
-def _fold_row(result: FoldResult) -> dict[str, Any]:
-    slides, last, best = result.slides, result.last_epoch, result.best_epoch
-    people = {slide.patient_id: slide.event for slide in slides.val}
-    return {
-        "fold": slides.number,
-        "epochs": len(result.epochs),
-        "best_epoch": best.epoch,
-        "n_train_slides": len(slides.train),
-        "n_val_slides": len(slides.val),
-        "n_val_patients": len(people),
-        "n_val_events": sum(people.values()),
-        "bin_edges": list(result.bins.edges),
-        "c_index": last.c_index,
-        "c_index_patient": last.c_index_patient,
-        "c_index_best_epoch": best.c_index,
-        "c_index_patient_best_epoch": best.c_index_patient,
-        "seconds": result.seconds,
-        "data_wait_seconds": result.work.wait_seconds,
-    }
-
-
-def write_summary(
-    out: Path,
-    config: RunConfig,
-    data: RunData,
-    results: Sequence[FoldResult],
-    seconds: float,
-    n_parameters: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Write and return summary.json: every C-index with the rule that chose its epoch."""
-    honest, slides = last_epoch_rule(config.train), data.cohort.slides
-    people = {slide.patient_id: slide.event for slide in slides}
-    log_rank = _log_rank(results)
-    summary: dict[str, Any] = {
-        "cohort": data.cohort.name,
-        "where": config.data.where or None,
-        "model": config.model.name,
-        "encoder": data.cohort.encoder,
-        "scales": list(data.cohort.scales),
-        "synthetic": any(row.get("synthetic") for row in data.patients.values()),
-        "preset": config.preset,
-        "unit": "slide",
-        "seed": config.train.seed,
-        "c_index": _metric(results, lambda r: r.last_epoch.c_index, honest),
-        "c_index_patient": _metric(results, lambda r: r.last_epoch.c_index_patient, honest),
-        "c_index_best_epoch": _metric(results, lambda r: r.best_epoch.c_index, BEST_EPOCH_RULE),
-        "c_index_patient_best_epoch": _metric(results, lambda r: r.best_epoch.c_index_patient, BEST_EPOCH_RULE),
-        "std_ddof": 1,
-        "selection": {"c_index": honest, "c_index_best_epoch": BEST_EPOCH_RULE},
-        "log_rank_p": log_rank["p"],
-        "log_rank": log_rank,
-        "reference": _reference(data, results),
-        "n_slides": len(slides),
-        "n_patients": len(people),
-        "n_events": sum(people.values()),
-        "excluded": {reason: len(ids) for reason, ids in data.excluded.items()},
-        "splits": data.splits.name,
-        "bins_from": "train fold" if config.bins.fitted_on == "train" else "cohort",
-        "feature_dim": data.cohort.dim,
-        "n_parameters": n_parameters,
-        "device": device_name(device),
-        "folds": [_fold_row(result) for result in results],
-        "seconds": seconds,
-        "slides_per_second": sum(result.work.n_slides for result in results) / seconds,
-        "patches_per_second": sum(result.work.n_patches for result in results) / seconds,
-        "bytes_read": sum(result.work.bytes_read for result in results),
-        "data_wait_seconds": sum(result.work.wait_seconds for result in results),
-    }
-    summary = without_nan(summary)
-    text = json.dumps(summary, indent=2, allow_nan=False)
-    temporary = out / ".summary.json"
-    temporary.write_text(text + "\n")
-    temporary.replace(out / "summary.json")
-    return summary
-
-
-def excluded_lines(excluded: Mapping[str, Sequence[str]]) -> list[str]:
-    """Slides left out of a run, by reason, a few of them named."""
-    return [
-        f"{len(ids)} slides left out: {reason} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})"
-        for reason, ids in excluded.items()
-    ]
+def _patient_survival(
+    rows: SlideRows, patients: PatientLevel, survival: NDArray[np.float64] | None
+) -> NDArray[np.float64] | None:
+    """Mean survival of the slides of each patient: [P, K]."""
+    if survival is None:
+        return None
+    place = {patient: row for row, patient in enumerate(patients.patient_id.tolist())}
+    own = np.array([place[patient] for patient in rows.patient_id])
+    total = np.zeros((len(place), survival.shape[1]))
+    np.add.at(total, own, survival[rows.example])
+    return total / np.bincount(own)[:, None]

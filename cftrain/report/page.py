@@ -2,31 +2,58 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from cftrain.errors import RunError
+from cftrain.report.calibrated import calibration_sentences, curve_points
+from cftrain.report.concordance import brier_sentence, fewest, fold_intervals, fold_scores, month_scores, notes_of
+from cftrain.report.cost import cost_rows, limit_sentence, n_skipped, skipped_steps
 from cftrain.report.figures import (
-    FoldScores,
-    Line,
-    Marks,
-    epochs_figure,
+    calibration_figure,
+    deciles_figure,
+    forest_figure,
     kaplan_meier_figure,
+    over_time_figure,
     overview_figure,
     risk_figure,
 )
 from cftrain.report.groups import curves_csv, median_follow_up, median_time, patients_by_fold, split_by_risk
-from cftrain.report.reading import Results, Row, read_results
-from cftrain.report.svg import DARK, FIGURE_CSS, LIGHT, padded, palette_css, standalone
+from cftrain.report.hazards import covariate_rows, cox_sentence, hazard_rows, missing_values
+from cftrain.report.panels import loss_figures, score_figures
+from cftrain.report.reading import Results, read_results
+from cftrain.report.svg import DARK, FIGURE_CSS, LIGHT, palette_css, standalone
+from cftrain.report.wording import (
+    bare_p,
+    count,
+    counted,
+    duration,
+    limits,
+    months,
+    p_value,
+    percent,
+    score,
+    share,
+    spread,
+    whole_months,
+)
 from cftrain.survival.metrics import patient_level
+from cftrain.survival.regression import RISK
 
 NOT_SHOWN = {"host", "hostname", "node"}
 LONGEST_TABLE = 30
+LONGEST_FOREST = 40
+MOST_SKIPPED = 20
+UNITS: Final = {"slide": "a slide", "patient": "a patient, all their slides in one bag"}
+LOSSES: Final = {
+    "nll": "negative log-likelihood of time bins",
+    "ce": "cross-entropy of time bins",
+    "cox": "Cox partial likelihood",
+}
 
 
 def write_report(run: Path) -> Path:
@@ -72,31 +99,85 @@ def _render(results: Results) -> tuple[str, str, str]:
         groups, f"log-rank {p_value(summary['log_rank_p'])}", "Synthetic data" if summary["synthetic"] else ""
     )
     patients = patient_level(predictions.patient_id, predictions.time_months, predictions.event, predictions.risk)
-    counted = {group.name: group.time_months.size for group in groups}
-    tested = {name: log_rank.get(f"n_{name}", counted.get(name)) for name in counted}
-    page = _environment().get_template("report.html")
-    html = page.render(
-        summary=summary,
-        style=Markup(FIGURE_CSS),  # noqa: S704 (a constant)
-        light=palette_css(LIGHT),
-        dark=palette_css(DARK),
-        overview=Markup(overview_figure(_scores(summary))),  # noqa: S704 (figures escape their text)
-        survival=Markup(survival),  # noqa: S704
-        loss_figures=[Markup(each) for each in _loss_figures(results)],  # noqa: S704
-        score_figures=[Markup(each) for each in _score_figures(results)],  # noqa: S704
-        risks=Markup(  # noqa: S704
-            risk_figure(predictions.slide_id, predictions.fold, predictions.event, predictions.risk)
-        ),
-        medians={group.name: median_time(group.curve) for group in groups},
-        log_rank=log_rank,
-        tested_elsewhere=tested != counted,
-        n_repeated=sum(fold.patient_id.size for fold in folds) - patients.patient_id.size,
-        follow_up=median_follow_up(patients),
-        config=results.config,
-        provenance=list(_rows(results.provenance)),
-        settings=_settings(summary),
+    sizes = {group.name: group.time_months.size for group in groups}
+    tested = {name: log_rank.get(f"n_{name}", sizes.get(name)) for name in sizes}
+    html = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            summary=summary,
+            style=Markup(FIGURE_CSS),  # noqa: S704 (a constant)
+            light=palette_css(LIGHT),
+            dark=palette_css(DARK),
+            survival=Markup(survival),  # noqa: S704 (figures escape their text)
+            loss_figures=[Markup(each) for each in loss_figures(results)],  # noqa: S704
+            score_figures=[Markup(each) for each in score_figures(results)],  # noqa: S704
+            risks=Markup(  # noqa: S704
+                risk_figure(predictions.slide_id, predictions.fold, predictions.event, predictions.risk)
+            ),
+            medians={group.name: median_time(group.curve) for group in groups},
+            log_rank=log_rank,
+            tested_elsewhere=tested != sizes,
+            n_repeated=sum(fold.patient_id.size for fold in folds) - patients.patient_id.size,
+            follow_up=median_follow_up(patients),
+            config=results.config,
+            provenance=list(_rows(results.provenance)),
+            settings=_settings(summary),
+            **_assessed(summary),
+            **_regressed(summary.get("cox")),
+            **_spent(results),
+        )
     )
     return html, survival, curves_csv(groups)
+
+
+def _assessed(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the sections on concordance and calibration show; an older run has no assessment."""
+    assessment = summary.get("assessment")
+    calibration = assessment["calibration"] if assessment else None
+    points, by_month = curve_points(calibration), month_scores(assessment)
+    counts = calibration["d_calibration"]["counts"] if calibration else []
+    heading = "Each fold, per patient after the last epoch, with 95 % intervals"
+    return {
+        "assessment": assessment,
+        "overview": Markup(  # noqa: S704
+            overview_figure(fold_scores(summary), fold_intervals(assessment), heading)
+        ),
+        "brier": brier_sentence(assessment) if assessment else "",
+        "notes": notes_of(assessment) if assessment else [],
+        "by_month": Markup(over_time_figure(by_month)) if by_month else "",  # noqa: S704
+        "fewest": fewest(assessment) if assessment else {},
+        "calibration": calibration,
+        "calibration_means": calibration_sentences(calibration) if calibration else [],
+        "curve": Markup(  # noqa: S704
+            calibration_figure(points, calibration["horizon_months"]) if calibration and points else ""
+        ),
+        "deciles": Markup(deciles_figure(counts)) if counts else "",  # noqa: S704
+    }
+
+
+def _regressed(cox: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the section on hazard ratios shows; an older run has no regression."""
+    bars = hazard_rows(cox)
+    return {
+        "cox": cox,
+        "hazards": covariate_rows(cox) if cox else [],
+        "hazards_mean": cox_sentence(cox, RISK) if cox else "",
+        "forest": Markup(forest_figure(bars[:LONGEST_FOREST])) if bars else "",  # noqa: S704
+        "n_beyond_forest": max(len(bars) - LONGEST_FOREST, 0),
+        "missing": missing_values(cox) if cox else [],
+    }
+
+
+def _spent(results: Results) -> dict[str, Any]:
+    """What the section on time and memory shows, and the steps that were left out."""
+    skipped = skipped_steps(results.epochs)
+    return {
+        "cost": cost_rows(results.summary, results.config),
+        "limit": limit_sentence(results.summary),
+        "skipped": skipped[:MOST_SKIPPED],
+        "n_skipped": n_skipped(results.summary, skipped),
+    }
 
 
 def _environment() -> Environment:
@@ -107,126 +188,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        score=score, spread=spread, months=months, count=count, duration=duration, p_value=p_value, share=share
-    )
+    filters = (score, spread, limits, months, whole_months, count, duration, p_value, bare_p, share, percent, counted)
+    environment.filters.update({each.__name__: each for each in filters})
     return environment
 
 
-def score(value: float | None) -> str:
-    """A C-index with three decimals; "n/a" where it is undefined."""
-    return f"{value:.3f}" if _defined(value) else "n/a"
-
-
-def spread(metric: Mapping[str, Any]) -> str:
-    """Mean ± standard deviation over folds."""
-    return f"{score(metric['mean'])} ± {score(metric['std'])}" if _defined(metric["mean"]) else "n/a"
-
-
-def months(value: float | None) -> str:
-    """A number of months with one decimal; infinities and undefined ones in words."""
-    if value is None or math.isnan(value):
-        return "n/a"
-    return f"{value:.1f}" if math.isfinite(value) else ("∞" if value > 0 else "-∞")
-
-
-def count(value: float | None) -> str:
-    """A whole number with separators."""
-    return "n/a" if value is None else f"{value:,}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as a person would say them."""
-    if seconds is None or not math.isfinite(seconds):
-        return "n/a"
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def p_value(value: float | None) -> str:
-    """A p-value as journals print it."""
-    if value is None or not math.isfinite(value):
-        return "p n/a"
-    if value < 0.001:
-        return "p < 0.001"
-    return f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
-
-
-def share(part: float | None, whole: float | None) -> str:
-    """A part as whole percent."""
-    return f"{part / whole:.0%}".replace("%", " %") if part is not None and whole else "n/a"
-
-
-def _defined(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _scores(summary: Mapping[str, Any]) -> list[FoldScores]:
-    """The rows of the overview: the honest rule, the paper's, and what the planted risk reaches."""
-    named = [
-        ("Last epoch, patient", "low", summary["c_index_patient"]),
-        ("Last epoch, slide", "low", summary["c_index"]),
-        ("Best epoch, patient", "plain", summary["c_index_patient_best_epoch"]),
-        ("Best epoch, slide", "plain", summary["c_index_best_epoch"]),
-    ]
-    reference = summary["reference"]
-    if reference:
-        one = reference["best_single_scale"]
-        named += [
-            ("Planted risk", "second", reference["oracle"]),
-            (f"Planted risk, {one['scale']}x only", "second", one),
-        ]
-    return [
-        FoldScores(label, kind, _number(metric["mean"]), _number(metric["std"]), [*map(_number, metric["folds"])])
-        for label, kind, metric in named
-    ]
-
-
-def _loss_figures(results: Results) -> list[str]:
-    lines = {
-        fold: [
-            Line("validation", "high", _column(rows, "val_loss")),
-            Line("training", "plain", _column(rows, "train_loss")),
-        ]
-        for fold, rows in results.epochs.items()
-    }
-    marks = {fold["fold"]: Marks(fold["epochs"]) for fold in results.summary["folds"]}
-    return _panels("loss", lines, marks)
-
-
-def _score_figures(results: Results) -> list[str]:
-    lines = {
-        fold: [
-            Line("per slide", "low", _column(rows, "c_index")),
-            Line("per patient", "second", _column(rows, "c_index_patient")),
-        ]
-        for fold, rows in results.epochs.items()
-    }
-    marks = {
-        fold["fold"]: Marks(fold["epochs"], best=fold["best_epoch"], chance=0.5) for fold in results.summary["folds"]
-    }
-    return _panels("c-index", lines, marks)
-
-
-def _panels(name: str, lines: Mapping[int, Sequence[Line]], marks: Mapping[int, Marks]) -> list[str]:
-    """One panel per fold, all on the same vertical scale, chance within it."""
-    values = [value for each in lines.values() for line in each for value in line.values if math.isfinite(value)]
-    values += [each.chance for each in marks.values() if each.chance is not None]
-    y_range = padded(min(values, default=0.0), max(values, default=1.0))
-    return [epochs_figure(f"{name}-{fold}", f"Fold {fold}", lines[fold], y_range, marks[fold]) for fold in lines]
-
-
-def _column(rows: Sequence[Row], name: str) -> list[float]:
-    return [_number(row[name]) for row in rows]
-
-
 def _settings(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    loss = summary.get("loss")
     return [
         ("Preset", summary["preset"]),
         *([("Only where", summary["where"])] if summary.get("where") else []),
@@ -234,15 +202,11 @@ def _settings(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Splits", f"{summary['splits']}, {len(summary['folds'])} folds"),
         ("Seed", str(summary["seed"])),
         ("Time bins from", summary["bins_from"]),
-        ("One training example", summary["unit"]),
+        ("One training example", UNITS.get(summary["unit"], summary["unit"])),
+        *([("Loss", f"{loss}: {LOSSES[loss]}" if loss in LOSSES else loss)] if loss else []),
         ("Feature width", count(summary["feature_dim"])),
         ("Parameters", count(summary["n_parameters"])),
         ("Device", summary["device"]),
-        ("Time taken", duration(summary["seconds"])),
-        (
-            "Slides per second",
-            "n/a" if summary["slides_per_second"] is None else f"{summary['slides_per_second']:,.1f}",
-        ),
     ]
 
 

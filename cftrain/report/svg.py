@@ -39,6 +39,8 @@ svg .second { stroke: var(--second); } svg .second-fill { fill: var(--second); }
 svg .plain { stroke: var(--plain); } svg .plain-fill { fill: var(--plain); }
 svg .open { fill: none; stroke-width: 1.3; stroke-opacity: 0.8; }
 svg .mark { stroke-width: 1.6; }
+svg .ground { fill: var(--paper); }
+svg .bar { fill-opacity: 0.5; }
 """
 
 
@@ -115,10 +117,10 @@ def px(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def x_axis(plot: Plot, ticks: Sequence[float], *, grid: bool = False) -> str:
-    """The lower axis with ticks and their values, on request with lines up through the plot."""
+def x_axis(plot: Plot, ticks: Sequence[float], *, grid: bool = False, labels: Sequence[str] = ()) -> str:
+    """The lower axis with ticks and their values (or other `labels`), on request with lines up through the plot."""
     parts = [element("path", d=f"M{px(plot.left)} {px(plot.bottom)}H{px(plot.right)}", class_="axis")]
-    for tick, value in zip(ticks, _labels(ticks), strict=True):
+    for tick, value in zip(ticks, labels or _labels(ticks), strict=True):
         x = plot.x(tick)
         if grid:
             parts.append(element("path", d=f"M{px(x)} {px(plot.top)}V{px(plot.bottom)}", class_="grid"))
@@ -138,6 +140,18 @@ def y_axis(plot: Plot, ticks: Sequence[float], label: str = "") -> str:
         x, y = plot.left - 46, plot.top + plot.height / 2
         parts.append(text(x, y, label, anchor="middle", transform=f"rotate(-90 {px(x)} {px(y)})"))
     return "".join(parts)
+
+
+def whisker(x: tuple[float, float], y: float, css: str) -> str:
+    """A level line from one x to another with a small upright at either end."""
+    (start, end), half = x, 4
+    path = f"M{px(start)} {px(y)}H{px(end)}M{px(start)} {px(y - half)}v{2 * half}M{px(end)} {px(y - half)}v{2 * half}"
+    return element("path", d=path, class_=f"mark open {css}")
+
+
+def line(start: tuple[float, float], end: tuple[float, float], css: str) -> str:
+    """A straight line."""
+    return element("path", d=polyline([start, end]), class_=css)
 
 
 def ticks_between(low: float, high: float, at_most: int) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cftrain.survival.bins import TimeBins, fit_bins
-from cftrain.survival.losses import Reduction, nll_survival
+from cftrain.survival.losses import Reduction, ce_survival, cox_loss, nll_survival
 from cftrain.survival.metrics import (
     FoldSummary,
     KMCurve,
@@ -16,7 +16,7 @@ from cftrain.survival.metrics import (
     patient_level,
     summarise,
 )
-from cftrain.survival.sampling import class_weights, epoch_order
+from cftrain.survival.sampling import class_weights, draw, pass_order
 
 __all__ = [
     "FoldSummary",
@@ -26,13 +26,16 @@ __all__ = [
     "Reduction",
     "TimeBins",
     "c_index",
+    "ce_survival",
     "class_weights",
-    "epoch_order",
+    "cox_loss",
+    "draw",
     "fit_bins",
     "kaplan_meier",
     "log_rank_median_split",
     "nll_survival",
     "numbers_at_risk",
+    "pass_order",
     "patient_level",
     "summarise",
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cftrain.errors import ConfigError, ShapeError
+
+_DRAWS: Final = 1
+_PASSES: Final = 2
 
 
 def class_weights(time_bin: ArrayLike, event: ArrayLike) -> NDArray[np.float64]:
@@ -33,29 +36,45 @@ def class_weights(time_bin: ArrayLike, event: ArrayLike) -> NDArray[np.float64]:
     return bins.size / count[own].astype(np.float64)
 
 
-def epoch_order(
-    n: int,
-    *,
-    weights: ArrayLike | None = None,
-    seed: int,
-    epoch: int,
-    fold: int,
-    shard: ArrayLike | None = None,
-    within: ArrayLike | None = None,
-) -> NDArray[np.int64]:
-    """Rows to visit in one epoch, in order: [n] int64, the same for the same arguments, whatever ran before.
+def draw(n: int, *, weights: ArrayLike | None = None, seed: int, epoch: int, fold: int) -> NDArray[np.int64]:
+    """Rows that a fold trains on in one epoch: [n] int64, the same for the same arguments, whatever ran before.
 
     Without weights a permutation of 0…n-1. With weights n draws with replacement, each row in proportion to
-    its weight: some rows come more than once, others wait for another epoch. With shards the same rows are
-    drawn, and then arranged: the rows of one shard come together, shards in random order.
+    its weight: some rows come more than once, others wait for another epoch.
 
     Parameters
     ----------
     n
         How many rows there are to choose from, and how many are drawn.
     weights : [n]
-        Relative weights, not negative, not all 0; None visits every row once.
+        Relative weights, not negative, not all 0; None takes every row once.
     seed, epoch, fold
+        Name the draws, each at or above 0. No global random state is read or changed.
+
+    Raises
+    ------
+    ConfigError
+        There is no row, `seed`, `epoch` or `fold` is negative, or the weights cannot be drawn from.
+    ShapeError
+        `weights` is not [n].
+    """
+    _check_rows(n)
+    rng = _generator(_DRAWS, seed=seed, fold=fold, epoch=epoch)
+    p = None if weights is None else _probabilities(weights, n)
+    return rng.permutation(n) if p is None else rng.choice(n, size=n, replace=True, p=p)
+
+
+def pass_order(
+    n: int, *, seed: int, epoch: int, shard: ArrayLike | None = None, within: ArrayLike | None = None
+) -> NDArray[np.int64]:
+    """The order in which one pass visits the n rows of a cohort: a permutation, [n] int64.
+
+    Restricted to the rows of a fold it is a random order of that fold, so that one pass serves all folds.
+    With shards the rows of one shard come together, shards in random order.
+
+    Parameters
+    ----------
+    seed, epoch
         Name the order, each at or above 0. No global random state is read or changed.
     shard : [n] int, at or above 0
         The shard each row lies in; None mixes them.
@@ -65,31 +84,38 @@ def epoch_order(
     Raises
     ------
     ConfigError
-        There is no row, `seed`, `epoch` or `fold` is negative, or the weights cannot be drawn from.
+        There is no row, or `seed` or `epoch` is negative.
     ShapeError
-        `weights`, `shard` or `within` is not [n].
+        `shard` or `within` is not [n].
     """
-    if n < 1:
-        msg = f"{n} rows to draw an epoch from: give the training part at least one slide"
-        raise ConfigError(msg)
-    rng = _generator(seed, fold, epoch)
-    p = None if weights is None else _probabilities(weights, n)
-    drawn = rng.permutation(n) if p is None else rng.choice(n, size=n, replace=True, p=p)
+    _check_rows(n)
+    rng = _generator(_PASSES, seed=seed, epoch=epoch)
+    order = rng.permutation(n)
     if shard is None:
-        return drawn
+        return order
     shards, places = np.asarray(shard), np.zeros(n) if within is None else np.asarray(within)
     if shards.shape != (n,) or places.shape != (n,):
         msg = f"shard is {shards.shape}, within {places.shape}: give one for each of the {n} rows"
         raise ShapeError(msg)
     rank = rng.permutation(int(shards.max()) + 1)
-    return drawn[np.lexsort((places[drawn], rank[shards[drawn]]))]
+    return order[np.lexsort((places[order], rank[shards[order]]))]
 
 
-def _generator(seed: int, fold: int, epoch: int) -> np.random.Generator:
-    if min(seed, fold, epoch) < 0:
-        msg = f"seed {seed}, fold {fold}, epoch {epoch}: give whole numbers at or above 0"
+def _check_rows(n: int) -> None:
+    if n < 1:
+        msg = f"{n} rows to draw an epoch from: give the training part at least one slide"
         raise ConfigError(msg)
-    return np.random.default_rng(np.random.SeedSequence([seed, fold, epoch]))
+
+
+def _generator(purpose: int, **key: int) -> np.random.Generator:
+    """Random numbers that belong to a purpose and a key; the purpose comes first because trailing zeros are nothing
+    to NumPy's seeds.
+    """
+    for name, value in key.items():
+        if value < 0:
+            msg = f"{name} {value}: give a whole number at or above 0"
+            raise ConfigError(msg)
+    return np.random.default_rng(np.random.SeedSequence((purpose, *key.values())))
 
 
 def _probabilities(weights: ArrayLike, n: int) -> NDArray[np.float64]:

@@ -147,7 +147,7 @@ def test_the_same_seed_gives_the_same_predictions_and_another_seed_others(demo_s
 def test_folds_side_by_side_give_the_numbers_of_folds_one_by_one(demo_store, small, tmp_path):
     config = configuration(small)
     told = []
-    watch = Watcher(on_epoch=lambda fold, epoch: told.append((fold.number, epoch.epoch)))
+    watch = Watcher(on_epoch=lambda run, fold, epoch: told.append((fold, epoch.epoch)))
     one = cross_validate(config, demo_store.path, tmp_path / "one", device="cpu")
     two = cross_validate(config, demo_store.path, tmp_path / "two", device="cpu", jobs=2, watch=watch)
     np.testing.assert_allclose(two.summary["c_index"]["folds"], one.summary["c_index"]["folds"], atol=1e-9)

@@ -1,102 +1,173 @@
-"""Training and evaluating: steps, packing, schedule, data order."""
+"""Steps and predictions: packing, what is left over, the losses, what is not finite, and the schedule."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from cfstore import CohortSlide
 from cftrain.config import DataConfig, TrainConfig
 from cftrain.data import load_data
 from cftrain.errors import NonFiniteError
 from cftrain.feed import Feed
-from cftrain.loop import evaluate, learning_rate, train_epoch
+from cftrain.loop import Task, learning_rate, predict, train_step
 from cftrain.models import build
-from cftrain.order import packed
-from cftrain.survival import fit_bins
+from cftrain.order import Visit, pack_seed, packed
+from cftrain.ranks import ALONE
+from cftrain.survival import cox_loss, fit_bins, nll_survival
 
 SCALES = (5, 10, 20)
 
 
 @pytest.fixture(scope="module")
 def data(demo_store):
-    return load_data(demo_store.path, DataConfig(cohort="DEMO"), "crossfusion", SCALES, seed=0)
+    return load_data(demo_store.path, DataConfig(cohort="DEMO"), {"crossfusion": SCALES}, seed=0)
 
 
-@pytest.fixture
-def feed(data):
-    return Feed(data, SCALES, DataConfig(cohort="DEMO"), torch.device("cpu"))
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def bins(data):
-    slides = data.cohort.slides
-    return fit_bins([slide.time_months for slide in slides], np.array([slide.event for slide in slides]), 4)
+    labels = data.cohort.slides
+    return fit_bins([slide.time_months for slide in labels], np.array([slide.event for slide in labels]), 4)
 
 
-def model(seed=0, **options):
+@pytest.fixture
+def bags(data):
+    """The bags of any visits of the cohort, straight from the store."""
+    feed = Feed(data, SCALES, DataConfig(cohort="DEMO"), torch.device("cpu"))
+    with feed.window([visits(data.examples)]) as window:
+        yield partial(window.batch, scales=SCALES)
+
+
+def visits(examples):
+    return [Visit(example, place) for place, example in enumerate(examples)]
+
+
+def task(chosen, batch_patches=8192, own=None):
+    packs = packed(chosen, batch_patches)
+    seeds = tuple(pack_seed(7, 0, 0, 0, pack) for pack in range(len(packs)))
+    return Task(packs, tuple(range(len(packs))) if own is None else own, seeds)
+
+
+def model(seed=0, n_bins=4, **options):
     torch.manual_seed(seed)
     chosen = {"embed_dim": 8, "n_heads": 2, "dropout": 0.0, "attention_dropout": 0.0, **options}
-    return build("crossfusion", 8, **chosen).double()
+    return build("crossfusion", 8, **chosen, n_bins=n_bins).double()
 
 
-def weights_after(model, feed, slides, bins, config):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss = train_epoch(model, optimizer, feed, slides, bins, config)
-    return loss, torch.cat([weight.detach().flatten() for weight in model.parameters()])
+def after_step(net, todo, bags, bins, config=TrainConfig(), ranks=ALONE):  # noqa: B008 - frozen
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    loss = train_step(net, optimizer, todo, bags, bins, config, ranks)
+    return loss, flat(net)
 
 
+def flat(net):
+    return torch.cat([weight.detach().flatten() for weight in net.parameters()])
+
+
+@pytest.mark.parametrize("loss", ["nll", "ce", "cox"])
 @pytest.mark.parametrize("batch_patches", [1, 200, 10**6], ids=["one by one", "some together", "all together"])
-def test_packing_slides_changes_neither_loss_nor_weights(data, feed, bins, batch_patches):
-    slides = data.folds[0].train[:10]
-    config = TrainConfig(accumulate=4, batch_patches=batch_patches)
-    loss, weights = weights_after(model(), feed, slides, bins, config)
-    alone_loss, alone = weights_after(model(), feed, slides, bins, replace(config, batch_patches=1))
-    assert loss == pytest.approx(alone_loss, abs=1e-6)  # the loss itself is computed in float32 or better
-    torch.testing.assert_close(weights, alone, rtol=0, atol=1e-8)
+def test_packing_slides_changes_neither_loss_nor_weights(data, bags, bins, batch_patches, loss):
+    chosen, config = visits(data.examples)[:10], TrainConfig(loss=loss)
+    n_bins = 1 if loss == "cox" else 4
+    found, weights = after_step(model(n_bins=n_bins), task(chosen, batch_patches), bags, bins, config)
+    other, expected = after_step(model(n_bins=n_bins), task(chosen, 1), bags, bins, config)
+    assert found == pytest.approx(other, rel=1e-6)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-7)  # gradients pass through float32
+    assert not torch.equal(weights, flat(model(n_bins=n_bins)))
 
 
-def test_the_slides_left_over_after_the_last_full_group_make_a_step_of_their_own(data, feed, bins):
-    """Ten slides in groups of four: the result equals three explicit steps of 4, 4 and 2 slides."""
-    slides = data.folds[0].train[:10]
-    _, weights = weights_after(model(), feed, slides, bins, TrainConfig(accumulate=4))
-    by_hand = model()
-    for group in (slides[:4], slides[4:8], slides[8:]):
-        _, last = weights_after(by_hand, feed, group, bins, TrainConfig(accumulate=len(group)))
-    torch.testing.assert_close(weights, last, rtol=0, atol=1e-8)
-
-
-def test_evaluation_is_deterministic_and_keeps_the_order_of_the_slides(data, feed, bins):
-    slides = data.cohort.slides
-    net = model(dropout=0.5, attention_dropout=0.5)
-    first = evaluate(net, feed, slides, bins, 8192)
-    again = evaluate(net, feed, tuple(reversed(slides)), bins, 500)
-    np.testing.assert_allclose(first.risk, again.risk[::-1], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(first.risk, -first.survival.sum(1), rtol=0, atol=1e-12)
-
-
-def test_features_reach_the_model_as_the_store_holds_them(data, feed):
-    group = data.cohort.slides[:3]
-    ((batch, slides),) = feed.batches([group])
-    assert [slide.slide_id for slide in slides] == list(batch.slide_ids)
-    for scale in SCALES:
-        stored = [data.store.slide(slide.slide_id).bags[scale].features for slide in group]
-        np.testing.assert_array_equal(batch.features[scale].numpy(), np.concatenate(stored))
-
-
-def test_a_diverged_loss_names_its_slides(data, feed, bins):
+def test_a_step_goes_down_the_mean_loss_of_its_slides(data, bags, bins):
+    chosen = visits(data.examples)[:7]
+    found, weights = after_step(model(), task(chosen, 150), bags, bins, TrainConfig(alpha=0.3))
     net = model()
-    with torch.no_grad():
-        next(net.parameters()).fill_(math.nan)
-    with pytest.raises(NonFiniteError, match=data.folds[0].train[0].slide_id):
-        weights_after(net, feed, data.folds[0].train[:2], bins, TrainConfig())
-    with pytest.raises(NonFiniteError, match=data.folds[0].val[0].slide_id):
-        evaluate(net, feed, data.folds[0].val, bins, 8192)
+    months = np.array([visit.example.time_months for visit in chosen])
+    event = torch.tensor([visit.example.event for visit in chosen])
+    loss = nll_survival(net(bags(chosen)).logits, torch.from_numpy(bins.assign(months)), event, alpha=0.3)
+    loss.backward()
+    loss = loss.detach()
+    by_hand = torch.cat([(weight - 0.1 * weight.grad).detach().flatten() for weight in net.parameters()])
+    assert found == pytest.approx(7 * float(loss), rel=1e-6)
+    torch.testing.assert_close(weights, by_hand, rtol=0, atol=1e-7)
+
+
+def test_a_cox_step_compares_all_slides_of_the_step_though_they_pass_one_by_one(data, bags, bins):
+    chosen = visits(data.examples)[:9]
+    net = model(n_bins=1)
+    months = torch.tensor([visit.example.time_months for visit in chosen], dtype=torch.float64)
+    event = torch.tensor([visit.example.event for visit in chosen])
+    cox_loss(net(bags(chosen)).logits[:, 0], months, event, reduction="mean").backward()
+    by_hand = torch.cat([(weight - 0.1 * weight.grad).detach().flatten() for weight in net.parameters()])
+    _, weights = after_step(model(n_bins=1), task(chosen, 1), bags, bins, TrainConfig(loss="cox"))
+    torch.testing.assert_close(weights, by_hand, rtol=1e-6, atol=1e-7)  # the likelihood is taken in float32
+
+
+def test_dropout_masks_follow_the_seed_of_the_pass_whatever_ran_before(data, bags, bins):
+    chosen = visits(data.examples)[:6]
+    options = {"dropout": 0.5, "attention_dropout": 0.5}
+    first = after_step(model(**options), task(chosen, 150), bags, bins)
+    torch.manual_seed(99)
+    torch.rand(1000)
+    assert torch.equal(after_step(model(**options), task(chosen, 150), bags, bins)[1], first[1])
+    other = replace(task(chosen, 150), seeds=tuple(seed + 1 for seed in task(chosen, 150).seeds))
+    assert not torch.equal(after_step(model(**options), other, bags, bins)[1], first[1])
+
+
+def test_predictions_are_deterministic_and_keep_the_order_of_the_visits(data, bags):
+    chosen = visits(data.examples)
+    net = model(dropout=0.5, attention_dropout=0.5)
+    first = predict(net, task(chosen), bags, 4, ALONE)
+    again = predict(net, task(chosen[::-1], 500), bags, 4, ALONE)
+    torch.testing.assert_close(first, again.flip(0), rtol=0, atol=1e-12)
+    alone = net.eval()(bags(chosen[3:4])).logits
+    torch.testing.assert_close(first[3:4], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["nll", "cox"])
+def test_a_slide_whose_features_are_not_finite_is_named_and_the_weights_are_left_alone(data, bags, bins, loss):
+    chosen = visits(data.examples)[:6]
+    poisoned = chosen[4].example.name
+
+    def with_nan(pack):
+        batch = bags(pack)
+        if poisoned not in batch.slide_ids:
+            return batch
+        start = sum(batch.lengths[20][: batch.slide_ids.index(poisoned)])
+        rows = batch.features[20].clone()
+        rows[start] = math.nan
+        return replace(batch, features={**batch.features, 20: rows})
+
+    net = model(n_bins=1 if loss == "cox" else 4)
+    before = flat(net)
+    with pytest.raises(NonFiniteError, match=f"NaN or Inf on slides {poisoned};"):
+        after_step(net, task(chosen), with_nan, bins, TrainConfig(loss=loss))
+    assert torch.equal(flat(net), before)
+    with pytest.raises(NonFiniteError, match=f"slide {poisoned}: the model predicts NaN"):
+        predict(net, task(chosen, 1), with_nan, net.options.n_bins, ALONE)
+
+
+def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(data, bags, bins):
+    """sqrt has an infinite slope at 0: the value is fine, what goes back is not."""
+    chosen = visits(data.examples)[:5]
+    odd = chosen[2].example.name
+    net = model()
+    net.extra = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    plain = net.logits
+
+    def logits(batch):
+        found = plain(batch)
+        row = torch.tensor([[float(name == odd)] for name in batch.slide_ids], dtype=torch.float64)
+        return found + row * net.extra.abs().sqrt() * (1 if odd in batch.slide_ids else 0)
+
+    net.logits = logits
+    before = flat(net)
+    with pytest.raises(NonFiniteError, match=f"gradient is NaN or Inf on slides .*{odd}"):
+        after_step(net, task(chosen, 1), bags, bins)
+    assert torch.equal(flat(net), before)
 
 
 def test_the_default_schedule_falls_once_from_the_rate_to_a_tenth_of_it():
@@ -115,28 +186,3 @@ def test_the_papers_schedule_equals_pytorchs_cosine_annealing():
         assert learning_rate(config, epoch) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         scheduler.step()
-
-
-@pytest.mark.parametrize(
-    ("sizes", "limit", "groups"),
-    [
-        ([3, 3, 3], 6, [[3, 3], [3]]),
-        ([9, 1, 1], 6, [[9], [1, 1]]),
-        ([1, 9, 1], 6, [[1], [9], [1]]),
-        ([2], 1, [[2]]),
-        ([], 5, []),
-    ],
-)
-def test_slides_are_packed_in_order_up_to_the_limit_and_large_ones_stand_alone(sizes, limit, groups):
-    slides = [CohortSlide(f"s{i}", f"p{i}", 1.0, True, {20: size}) for i, size in enumerate(sizes)]
-    found = packed(slides, limit)
-    assert [[sum(slide.n_patches.values()) for slide in group] for group in found] == groups
-    assert [slide for group in found for slide in group] == slides
-
-
-def test_waiting_and_work_are_counted(data, feed, bins):
-    evaluate(model(), feed, data.cohort.slides, bins, 8192)
-    assert feed.work.n_slides == len(data.cohort.slides)
-    assert feed.work.n_patches == sum(sum(slide.n_patches.values()) for slide in data.cohort.slides)
-    assert feed.work.bytes_read == feed.work.n_patches * 8 * 2  # D=8, float16
-    assert feed.work.wait_seconds > 0

@@ -1,4 +1,4 @@
-"""The hazard likelihood against the authors' numbers, probability theory, and cases worked by hand."""
+"""The losses against the authors' numbers, lifelines, probability theory, and cases worked by hand."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from lifelines import CoxPHFitter
 from torch.testing import assert_close
 
 from cftrain.errors import ConfigError, ShapeError
-from cftrain.survival.losses import nll_survival
+from cftrain.survival.losses import ce_survival, cox_loss, nll_survival
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "golden" / "losses.npz"
 CLAMP = 1e-7  # of the reference; below it h and S are cut off there, and kept here
@@ -144,12 +146,13 @@ def test_alpha_1_leaves_censored_slides_without_cost_or_gradient():
     assert (x.grad == 0).all()
 
 
-def test_reductions_agree_with_each_other():
+@pytest.mark.parametrize("loss", [nll_survival, ce_survival])
+def test_reductions_agree_with_each_other(loss):
     logits, y, event = batch(13, 4, seed=8)
-    each = nll_survival(logits, y, event, alpha=0.2, reduction="none")
+    each = loss(logits, y, event, alpha=0.2, reduction="none")
     assert each.shape == (13,)
-    assert_close(nll_survival(logits, y, event, alpha=0.2, reduction="sum"), each.sum())
-    assert_close(nll_survival(logits, y, event, alpha=0.2), each.sum() / 13)
+    assert_close(loss(logits, y, event, alpha=0.2, reduction="sum"), each.sum())
+    assert_close(loss(logits, y, event, alpha=0.2), each.sum() / 13)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +165,12 @@ def test_reductions_agree_with_each_other():
     ],
     ids=str,
 )
-def test_loss_is_computed_in_float32_unless_given_float64(given, computed):
+@pytest.mark.parametrize("loss", [nll_survival, ce_survival, lambda x, y, event: cox_loss(x[:, 0], y.double(), event)])
+def test_loss_is_computed_in_float32_unless_given_float64(loss, given, computed):
     logits, y, event = batch(11, 4, seed=2, dtype=given)
-    loss = nll_survival(logits, y, event)
-    assert loss.dtype == computed
-    assert_close(loss, nll_survival(logits.to(computed), y, event), rtol=0.0, atol=0.0)
+    found = loss(logits, y, event)
+    assert found.dtype == computed
+    assert_close(found, loss(logits.to(computed), y, event), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize(
@@ -196,15 +200,16 @@ def test_loss_is_computed_in_float32_unless_given_float64(given, computed):
         "bin-below-0",
     ],
 )
-def test_inputs_that_do_not_fit_are_named(change, said):
+@pytest.mark.parametrize("loss", [nll_survival, ce_survival])
+def test_inputs_that_do_not_fit_are_named(loss, change, said):
     fitting = {
         "logits": torch.zeros(3, 4),
         "time_bin": torch.tensor([0, 3, 1]),
         "event": torch.tensor([True, False, True]),
     }
-    assert nll_survival(**fitting).isfinite()
+    assert loss(**fitting).isfinite()
     with pytest.raises(ShapeError, match=said):
-        nll_survival(**(fitting | change))
+        loss(**(fitting | change))
 
 
 @pytest.mark.parametrize(
@@ -212,6 +217,204 @@ def test_inputs_that_do_not_fit_are_named(change, said):
     [({"alpha": -0.1}, "alpha is -0.1"), ({"alpha": 1.5}, "alpha is 1.5"), ({"reduction": "avg"}, "'avg'")],
     ids=["alpha-below-0", "alpha-above-1", "reduction"],
 )
-def test_options_without_a_meaning_are_refused(options, said):
+@pytest.mark.parametrize("loss", [nll_survival, ce_survival])
+def test_options_without_a_meaning_are_refused(loss, options, said):
     with pytest.raises(ConfigError, match=said):
-        nll_survival(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([True]), **options)
+        loss(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([True]), **options)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.15, 0.2, 0.4, 1.0])
+def test_cross_entropy_is_that_of_the_authors(golden, alpha):
+    """But for the 1e-7 that they add to the chance of living up to the last bin, put in here."""
+    rows = golden_rows(golden, alpha)
+    h, y, c = (golden[name][rows] for name in ("hazards", "label", "censorship"))
+    lived = torch.cumprod(torch.nn.functional.pad(1 - h, (1, 0), value=1.0), dim=1).gather(1, y[:, None]).squeeze(1)
+    added = torch.where(c == 0, -alpha * torch.log1p(CLAMP / lived), 0.0)
+    loss = ce_survival(logit(h), y, c == 0, alpha=alpha, reduction="none")
+    assert_close(loss + added, golden["ce64"][rows], rtol=1e-8, atol=1e-8)
+
+
+def test_cross_entropy_is_finite_where_that_of_the_authors_is_not(golden):
+    """Their float32 loss is inf or NaN where survival rounds to 1; expected is theirs in float64, without roundings."""
+    lost = ~golden["ce32"].isfinite()
+    assert lost.sum() == 40
+    h, y, c, alpha = (golden[name][lost] for name in ("hazards", "label", "censorship", "alpha"))
+    found = [
+        ce_survival(x[None], bin_[None], died[None], alpha=float(a)).double()
+        for x, bin_, died, a in zip(logit(h).float(), y, c == 0, alpha, strict=True)
+    ]
+    log_lived = torch.nn.functional.pad(torch.log1p(-h).cumsum(dim=1), (1, 0))
+    log_before, log_after = (log_lived.gather(1, bin_[:, None]).squeeze(1) for bin_ in (y, y + 1))
+    in_bin = log_before + h.log().gather(1, y[:, None]).squeeze(1)
+    dead = (1 - alpha) * -torch.log(-torch.expm1(log_after)) - alpha * in_bin
+    assert_close(torch.stack(found), torch.where(c == 0, dead, (1 - alpha) * -log_after), rtol=1e-5, atol=1e-6)
+
+
+def test_cross_entropy_of_a_death_and_a_censoring_is_what_a_pencil_says():
+    x = logit(torch.tensor([[0.2, 0.5, 0.1], [0.2, 0.5, 0.1]], dtype=torch.float64))
+    y, event = torch.tensor([1, 1]), torch.tensor([True, False])
+    loss = ce_survival(x, y, event, reduction="none")
+    assert loss.tolist() == pytest.approx([-math.log(1 - 0.8 * 0.5), -math.log(0.8 * 0.5)])
+    loss = ce_survival(x, y, event, alpha=0.25, reduction="none")
+    assert loss[0].item() == pytest.approx(-0.75 * math.log(0.6) - 0.25 * math.log(0.8 * 0.5))
+    assert loss[1].item() == pytest.approx(-0.75 * math.log(0.4))
+
+
+@pytest.mark.parametrize("y", [0, 3])
+def test_dead_and_alive_are_the_only_two_outcomes_of_the_cross_entropy(y):
+    logits, _, _ = batch(17, 4, seed=6)
+    bins = torch.full((17,), y)
+    dead, alive = (
+        ce_survival(logits, bins, torch.full((17,), died), reduction="none").neg().exp() for died in (True, False)
+    )
+    assert_close(dead + alive, torch.ones(17, dtype=torch.float64), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize(("B", "K"), [(1, 1), (7, 4), (32, 5)])
+def test_gradient_of_the_cross_entropy_is_that_of_finite_differences(B, K):
+    logits, y, event = batch(B, K, seed=43, scale=1.0)
+    assert torch.autograd.gradcheck(lambda x: ce_survival(x, y, event, alpha=0.4), (logits.requires_grad_(),))
+
+
+@pytest.mark.parametrize("size", [50.0, -50.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("died", [True, False], ids=["died", "censored"])
+def test_extreme_logits_keep_cross_entropy_and_gradient_finite(size, dtype, alpha, died):
+    y = torch.arange(4)
+    x = torch.full((4, 4), size, dtype=dtype, requires_grad=True)
+    loss = ce_survival(x, y, torch.full((4,), died), alpha=alpha, reduction="none")
+    loss.sum().backward()
+    if size < 0:  # y + 1 bins, each a chance of exp(-50) to die
+        expected = (1 - alpha) * (50 - torch.log(y + 1.0)) + alpha * 50 if died else torch.zeros(4)
+    else:  # dead in the first bin for certain
+        expected = alpha * 50.0 * y if died else (1 - alpha) * 50.0 * (y + 1)
+    assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(x.grad).all()
+
+
+def test_a_death_that_was_never_expected_gets_its_full_gradient():
+    x = torch.tensor([[-50.0, -50.0]], requires_grad=True)
+    ce_survival(x, torch.tensor([1]), torch.tensor([True])).backward()
+    assert x.grad.tolist() == [pytest.approx([-0.5, -0.5], rel=1e-5)]
+
+
+def step(B, seed, months=30, dtype=torch.float64):
+    """Log hazards, whole months (so ties) and events of one step."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, generator=g, dtype=torch.float64).to(dtype)
+    return x, torch.randint(1, months, (B,), generator=g).double(), torch.rand(B, generator=g) < 0.6
+
+
+def partial_likelihood(x, time, event, ties):
+    """The textbook, death by death."""
+    total = 0.0
+    for t in set(time[event].tolist()):
+        risk = sum(math.exp(v) for v, s in zip(x, time, strict=True) if s >= t)
+        dead = [float(v) for v, s, e in zip(x, time, event, strict=True) if s == t and e]
+        tied = sum(math.exp(v) for v in dead)
+        for i, v in enumerate(dead):
+            total += v - math.log(risk - (i / len(dead) * tied if ties == "efron" else 0.0))
+    return -total
+
+
+@pytest.mark.parametrize("ties", ["efron", "breslow"])
+@pytest.mark.parametrize(("B", "months"), [(1, 3), (2, 2), (9, 3), (32, 12), (60, 10_000)])
+def test_cox_loss_is_the_partial_likelihood_of_the_textbook(B, months, ties):
+    x, time, event = step(B, seed=B, months=months)
+    event[0] = True
+    expected = partial_likelihood(x, time, event, ties)
+    assert cox_loss(x, time, event, ties=ties, reduction="sum").item() == pytest.approx(expected, rel=1e-12)
+    assert cox_loss(x, time, event, ties=ties).item() == pytest.approx(expected / int(event.sum()), rel=1e-12)
+
+
+def test_ties_are_broken_as_by_hand():
+    """Hazards 2 and 3 die at month 1, 5 lives on: at risk 10 and 10, or 10 and 10 - 5/2."""
+    x, time = torch.tensor([2.0, 3.0, 5.0]).double().log(), torch.tensor([1.0, 1.0, 2.0])
+    event = torch.tensor([True, True, False])
+    found = [cox_loss(x, time, event, ties=ties, reduction="sum").item() for ties in ("breslow", "efron")]
+    assert found == pytest.approx([math.log(10 * 10 / 6), math.log(10 * 7.5 / 6)])
+
+
+def test_a_slide_censored_at_the_time_of_a_death_is_still_at_risk():
+    loss = cox_loss(torch.zeros(3), torch.tensor([4.0, 4.0, 1.0]), torch.tensor([True, False, True]), reduction="sum")
+    assert loss.item() == pytest.approx(math.log(2) + math.log(3))
+
+
+@pytest.mark.parametrize("months", [8, 10_000], ids=["many-ties", "hardly-any"])
+def test_cox_loss_is_that_of_lifelines_and_lowest_where_lifelines_says(months):
+    x, time, event = step(80, seed=11, months=months)
+    table = pd.DataFrame({"x": x.numpy(), "time": time.numpy(), "event": event.numpy()})
+    fitted = CoxPHFitter().fit(table, "time", "event", fit_options={"precision": 1e-10})
+    beta = torch.tensor(float(fitted.params_["x"]), dtype=torch.float64, requires_grad=True)
+    loss = cox_loss(beta * x, time, event, reduction="sum")
+    loss.backward()
+    assert loss.item() == pytest.approx(-fitted.log_likelihood_, rel=1e-9)
+    assert abs(beta.grad.item()) < 1e-5
+    # and away from the optimum: at 0, which lifelines reports as the test against no effect
+    without = cox_loss(0 * x, time, event, reduction="sum").item()
+    assert 2 * (without - loss.item()) == pytest.approx(fitted.log_likelihood_ratio_test().test_statistic, rel=1e-6)
+
+
+@pytest.mark.parametrize("ties", ["efron", "breslow"])
+def test_cox_gradient_is_that_of_finite_differences(ties):
+    x, time, event = step(14, seed=3, months=5)
+    assert torch.autograd.gradcheck(lambda x: cox_loss(x, time, event, ties=ties), (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize("ties", ["efron", "breslow"])
+def test_cox_loss_knows_no_order_of_slides_and_no_baseline(ties):
+    x, time, event = step(40, seed=4, months=6)
+    loss = cox_loss(x, time, event, ties=ties)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    assert_close(cox_loss(x[order], time[order], event[order], ties=ties), loss, rtol=1e-13, atol=0.0)
+    assert_close(cox_loss(x + 17.0, time, event, ties=ties), loss, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("ties", ["efron", "breslow"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_extreme_log_hazards_keep_cox_loss_and_gradient_finite(dtype, ties):
+    x = torch.tensor([50.0, -50.0, 50.0, -50.0, 50.0, -50.0], dtype=dtype, requires_grad=True)
+    time, event = torch.tensor([1.0, 1.0, 2.0, 3.0, 3.0, 3.0]), torch.ones(6, dtype=torch.bool)
+    loss = cox_loss(x, time, event, ties=ties, reduction="sum")
+    loss.backward()
+    expected = partial_likelihood(x.detach().double(), time, event, ties)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_step_without_a_death_costs_nothing_and_moves_nothing(reduction):
+    x, time, event = step(6, seed=2)
+    x.requires_grad_()
+    loss = cox_loss(x, time, torch.zeros_like(event), reduction=reduction)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"log_hazard": torch.zeros(3, 1)}, "log_hazard is torch.float32 \\(3, 1\\)"),
+        ({"log_hazard": torch.zeros(0)}, "at least one slide"),
+        ({"log_hazard": torch.zeros(3, dtype=torch.int64)}, "give floats"),
+        ({"time_months": torch.ones(2)}, "time_months is torch.float32 \\(2,\\)"),
+        ({"time_months": torch.ones(3, dtype=torch.int64)}, "needs torch.float32 or torch.float64"),
+        ({"time_months": torch.tensor([1.0, math.nan, 2.0])}, "time_months is nan in row 1"),
+        ({"event": torch.ones(3)}, "event is torch.float32"),
+    ],
+)
+def test_what_is_no_cox_step_is_named(change, said):
+    fitting = {"log_hazard": torch.zeros(3), "time_months": torch.ones(3), "event": torch.ones(3, dtype=torch.bool)}
+    assert cox_loss(**fitting).isfinite()
+    with pytest.raises(ShapeError, match=said):
+        cox_loss(**(fitting | change))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({"ties": "exact"}, "ties is 'exact'"), ({"reduction": "none"}, "reduction is 'none'")]
+)
+def test_cox_options_without_a_meaning_are_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        cox_loss(torch.zeros(1), torch.ones(1), torch.ones(1, dtype=torch.bool), **options)

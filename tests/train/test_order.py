@@ -1,79 +1,150 @@
-"""Which slides come when: pure functions of seed, epoch, fold and step."""
+"""What each pass visits and when: functions of seed and epoch; the same examples as a fold has, in steps and packs."""
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 import pytest
 
-from cfstore import CohortSlide
-from cftrain.folds import FoldSlides
-from cftrain.order import LoaderState, ShardOrder, epoch_slides, training_batches
+from cftrain.examples import Example
+from cftrain.folds import FoldExamples
+from cftrain.order import Schedule, ShardOrder, Visit, cohort_places, pack_seed, packed, shared_out, steps_of
 
-SLIDES = tuple(CohortSlide(f"s{i:02}", f"p{i}", 1.0 + i, i % 2 == 0, {20: 3 + i % 5}) for i in range(30))
-FOLD = FoldSlides(2, SLIDES[:24], SLIDES[24:])
-SHARDS = tuple(tuple(slide.slide_id for slide in SLIDES[i::4]) for i in range(4))
+COHORT = tuple(Example(f"s{i:02}", f"p{i}", (f"s{i:02}",), 1.0 + i, i % 2 == 0, {20: 3 + i % 5}) for i in range(30))
+SHARDS = tuple(tuple(example.name for example in COHORT[i::4]) for i in range(4))
 WEIGHTS = np.linspace(1, 9, 24)
+EPOCHS = 3
 
 
-def shard_of(slide):
-    return next(i for i, shard in enumerate(SHARDS) if slide.slide_id in shard)
+def fold(number):
+    val = COHORT[6 * number : 6 * number + 6]
+    return FoldExamples(number, tuple(each for each in COHORT if each not in val), val)
 
 
-def ids(slides):
-    return [slide.slide_id for slide in slides]
+def schedule(number=2, seed=7, **changes):
+    return replace(Schedule(fold(number), seed, EPOCHS, accumulate=5, batch_patches=9), **changes)
 
 
-@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["uniform", "weighted"])
+def names(visits):
+    return [visit.example.name for visit in visits]
+
+
+def trained(steps):
+    return [visit for step in steps if step.train for visit in step.visits]
+
+
+def validated(steps):
+    return [visit for step in steps if not step.train for visit in step.visits]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one order for all folds", "an order of its own"])
+def test_every_training_example_comes_once_an_epoch_and_every_validation_example_in_the_pass_after(shared):
+    for number in range(EPOCHS + 1):
+        places = cohort_places(COHORT, 7, number) if shared else None
+        steps = steps_of(schedule(), number, places)
+        expected = fold(2).train if number < EPOCHS else ()
+        assert sorted(names(trained(steps))) == [example.name for example in expected]
+        assert sorted(names(validated(steps))) == [example.name for example in (fold(2).val if number else ())]
+
+
+def test_a_pass_is_ordered_by_when_steps_become_ready_and_a_step_needs_nothing_later():
+    steps = steps_of(schedule(), 1, cohort_places(COHORT, 7, 1))
+    assert [step.ready for step in steps] == sorted(step.ready for step in steps)
+    assert [step.number for step in steps] == list(range(len(steps)))
+    for step in steps:
+        assert step.ready == max(visit.place for visit in step.visits)
+
+
+def test_one_pass_over_the_cohort_brings_every_fold_its_examples_in_the_same_order():
+    places = cohort_places(COHORT, 7, 1)
+    whole = sorted(places, key=places.get)
+    for number in range(5):
+        steps = steps_of(schedule(number), 1, places)
+        own = {example.name for example in fold(number).train}
+        assert names(trained(steps)) == [name for name in whole if name in own]
+
+
+def test_an_order_depends_on_seed_and_pass_alone():
+    first = cohort_places(COHORT, 7, 1)
+    assert cohort_places(COHORT, 7, 1) == first
+    assert cohort_places(COHORT, 7, 2) != first
+    assert cohort_places(COHORT, 8, 1) != first
+
+
+def test_weighted_draws_follow_their_weights_and_come_side_by_side():
+    weights = np.where(np.arange(24) < 3, 50.0, 1.0)
+    counts = Counter()
+    for number in range(EPOCHS):
+        visits = trained(steps_of(schedule(weights=weights), number, cohort_places(COHORT, 7, number)))
+        assert len(visits) == 24
+        runs = [place for place, _ in groupby(visits, key=lambda visit: visit.place)]
+        assert len(runs) == len(set(runs))  # all visits of an example one after the other: one reading
+        counts.update(names(visits))
+    often = {example.name for example in fold(2).train[:3]}
+    assert sum(counts[name] for name in often) > 0.75 * sum(counts.values())
+
+
+def test_draws_of_their_own_are_each_a_visit_of_its_own_and_another_fold_or_seed_draws_others():
+    def drawn(number=2, seed=7):
+        return trained(steps_of(schedule(number, seed, weights=WEIGHTS), 0, None))
+
+    visits = drawn()
+    assert len({visit.place for visit in visits}) == 24
+    assert len(set(names(visits))) < 24  # with replacement
+    assert names(drawn(seed=8)) != names(visits)
+    assert names(drawn(number=1)) != names(visits)
+
+
 @pytest.mark.parametrize("sequential", [False, True], ids=["permuted", "in file order"])
-def test_arranging_by_shard_draws_the_same_slides(weights, sequential):
-    state = LoaderState(seed=7, epoch=3)
-    plain = epoch_slides(state, FOLD, weights)
-    arranged = epoch_slides(state, FOLD, weights, ShardOrder(SHARDS, sequential))
-    assert sorted(ids(arranged)) == sorted(ids(plain))
-    runs = [shard for shard, _ in groupby(map(shard_of, arranged))]
-    assert len(runs) == len(set(runs))  # each shard once
+def test_shard_order_visits_shard_after_shard(sequential):
+    orders = []
+    for number in range(12):
+        places = cohort_places(COHORT, 7, number, ShardOrder(SHARDS, sequential))
+        whole = sorted(places, key=places.get)
+        assert sorted(whole) == [example.name for example in COHORT]
+        found = [
+            (shard, tuple(held))
+            for shard, held in groupby(whole, key=lambda name: next(i for i, s in enumerate(SHARDS) if name in s))
+        ]
+        assert len(found) == len(SHARDS)  # each shard once
+        assert all((held == SHARDS[shard]) == sequential for shard, held in found)
+        orders.append(found)
+    assert len({tuple(shard for shard, _ in order) for order in orders}) > 4
 
 
-@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["uniform", "weighted"])
-def test_a_sequential_order_goes_through_each_shard_from_its_beginning(weights):
-    arranged = epoch_slides(LoaderState(7, 0), FOLD, weights, ShardOrder(SHARDS, sequential=True))
-    for shard, slides in groupby(arranged, key=shard_of):
-        places = [SHARDS[shard].index(slide.slide_id) for slide in slides]
-        assert places == sorted(places)
+def test_steps_hold_so_many_visits_and_what_is_left_over_makes_a_step_of_its_own():
+    steps = steps_of(schedule(), 0, cohort_places(COHORT, 7, 0))
+    assert [step.size for step in steps] == [5, 5, 5, 5, 4]
 
 
-def test_shards_and_the_slides_within_come_in_another_order_every_epoch():
-    epochs = [epoch_slides(LoaderState(7, epoch), FOLD, None, ShardOrder(SHARDS)) for epoch in range(12)]
-    assert len({tuple(dict.fromkeys(map(shard_of, slides))) for slides in epochs}) > 4
-    assert len({tuple(s.slide_id for s in slides if shard_of(s) == 0) for slides in epochs}) > 4
+def test_packs_hold_at_most_so_many_patches_but_a_larger_example_goes_alone():
+    sizes = [3, 3, 4, 20, 1, 1, 9]
+    visits = [Visit(replace(COHORT[0], n_patches={20: n}), place) for place, n in enumerate(sizes)]
+    assert [[visit.example.n_patches[20] for visit in pack] for pack in packed(visits, 9)] == [
+        [3, 3],
+        [4],
+        [20],
+        [1, 1],
+        [9],
+    ]
 
 
-@pytest.mark.parametrize("order", [None, ShardOrder(SHARDS), ShardOrder(SHARDS, sequential=True)])
-def test_an_epoch_depends_on_seed_epoch_and_fold_alone(order):
-    def visited(seed=7, epoch=1, fold=FOLD):
-        return tuple(ids(epoch_slides(LoaderState(seed, epoch), fold, None, order)))
-
-    first = visited()
-    others = {visited(seed=8), visited(epoch=2), visited(fold=FoldSlides(3, FOLD.train, FOLD.val))}
-    assert visited() == first
-    assert first not in others
-
-
-def test_the_step_of_a_state_does_not_change_its_epoch():
-    assert epoch_slides(LoaderState(7, 1, step=4), FOLD) == epoch_slides(LoaderState(7, 1), FOLD)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_packs_are_shared_out_so_that_no_process_has_much_more_than_its_part(world):
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.normal(9, 0.8, 32)).astype(int)
+    packs = [(Visit(replace(COHORT[0], n_patches={20: int(n)}), place),) for place, n in enumerate(sizes)]
+    shares = shared_out(packs, world)
+    assert sorted(index for share in shares for index in share) == list(range(32))
+    heaviest = max(sum(sizes[index] for index in share) for share in shares)
+    assert heaviest <= max(1.1 * sizes.sum() / world, sizes.max())
 
 
-def test_validation_slides_come_in_file_order():
-    ordered = ShardOrder(SHARDS).in_file_order(FOLD.val)
-    assert ids(ordered) == [slide_id for shard in SHARDS for slide_id in shard if slide_id in ids(FOLD.val)]
-
-
-@pytest.mark.parametrize("step", [0, 1, 3, 5, 6])
-def test_an_epoch_goes_on_at_a_step_as_if_it_had_not_stopped(step):
-    slides = epoch_slides(LoaderState(7, 0), FOLD)
-    whole = training_batches(slides, 5, 9)
-    ended = [i for i, batch in enumerate(whole) if batch.last]
-    begin = 0 if step == 0 else (ended[step - 1] + 1 if step <= len(ended) else len(whole))
-    assert training_batches(slides, 5, 9, first_step=step) == whole[begin:]
+def test_every_forward_pass_has_a_seed_of_its_own():
+    keys = [(s, f, e, n, p) for s in (0, 7) for f in range(3) for e in range(3) for n in range(3) for p in range(3)]
+    seeds = [pack_seed(*key) for key in keys]
+    assert len(set(seeds)) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)

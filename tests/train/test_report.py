@@ -3,148 +3,26 @@
 from __future__ import annotations
 
 import csv
-import html
 import json
 import re
-import shutil
-import subprocess
-import xml.etree.ElementTree as ET
 from collections import Counter
 from html.parser import HTMLParser
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from lifelines import KaplanMeierFitter
-from PIL import Image
+from report_runs import METRICS, N_EPOCHS, epochs, make_run, metric, page_of, parsed, predictions, summary, words
 
 from cftrain.errors import RunError
 from cftrain.report import write_report
 from cftrain.report.figures import month_ticks
 from cftrain.report.groups import RiskGroup, risk_table
-from cftrain.report.page import duration, p_value
 from cftrain.report.svg import ticks_between
+from cftrain.report.wording import duration, p_value
 from cftrain.survival.metrics import kaplan_meier
 
 VOID = {"meta", "br", "hr", "link", "img", "input", "col"}
-N_EPOCHS = 20
 FILES = ["summary.json", "predictions.parquet", "fold_1/metrics.jsonl", "config.toml", "provenance.json"]
-METRICS = ["c_index", "c_index_patient", "c_index_best_epoch", "c_index_patient_best_epoch"]
-
-
-def metric(*folds):
-    defined = [value for value in folds if value is not None]
-    return {
-        "mean": float(np.mean(defined)) if defined else None,
-        "std": float(np.std(defined, ddof=1)) if len(defined) > 1 else None,
-        "folds": list(folds),
-        "n_undefined": len(folds) - len(defined),
-    }
-
-
-def predictions(seed=7, n_patients=183, n_folds=3):
-    """Slides of patients with 1 to 3 slides, whole and half months with ties, risks on another scale in every fold."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for number in range(n_patients):
-        fold, hidden = number % n_folds, rng.normal()
-        death, censoring = rng.exponential(45 * np.exp(-0.9 * hidden)), rng.uniform(6, 130)
-        for slide in range(rng.integers(1, 4)):
-            risk = -2 + 0.3 * fold + 0.3 * hidden + rng.normal(0, 0.2)
-            rows.append(
-                {
-                    "slide_id": f"P{number:03d}-DX{slide}",
-                    "patient_id": f"P{number:03d}",
-                    "fold": fold,
-                    "time_months": round(2 * min(death, censoring)) / 2,
-                    "event": bool(death <= censoring),
-                    "risk": risk,
-                    "risk_best_epoch": risk + rng.normal(0, 0.05),
-                    **{f"survival_{k}": 0.9**k for k in range(1, 5)},
-                }
-            )
-    return rows
-
-
-def summary(n_folds=3):
-    return {
-        "cohort": "BLCA", "model": "crossfusion", "encoder": "uni_v2", "scales": [5, 10, 20], "synthetic": False,
-        "preset": "paper", "unit": "slide", "seed": 1234, "n_slides": 3456, "n_patients": 1789, "n_events": 618,
-        "excluded": {"no label": 17, "no 5x bag": 23}, "feature_dim": 1536, "n_parameters": 2345678,
-        "splits": "five-by-patient", "bins_from": "train fold",
-        "selection": {
-            "c_index": "last epoch of a schedule fixed beforehand (20 epochs)",
-            "c_index_best_epoch": "best epoch on the reported fold (the paper's rule; optimistic)",
-        },
-        "c_index": metric(0.611, 0.652, 0.703), "c_index_patient": metric(0.622, 0.664, 0.717),
-        "c_index_best_epoch": metric(0.643, 0.691, 0.739), "c_index_patient_best_epoch": metric(0.655, 0.687, 0.751),
-        "log_rank_p": 0.0123,
-        "log_rank": {
-            "p": 0.0123, "n_high": 93, "n_low": 90, "split": "risk above the median of its fold", "unit": "patient",
-        },
-        "reference": None,
-        "folds": [
-            {
-                "fold": fold, "epochs": N_EPOCHS, "best_epoch": 9 + fold, "n_train_slides": 2311 + fold,
-                "n_val_slides": 1142 + fold, "n_val_patients": 592 + fold, "n_val_events": 204 + fold,
-                "bin_edges": [0.0, 11.5, 24.25 + fold, 51.0, 132.0],
-                "c_index": [0.611, 0.652, 0.703][fold], "c_index_patient": [0.622, 0.664, 0.717][fold],
-                "c_index_best_epoch": [0.643, 0.691, 0.739][fold],
-                "c_index_patient_best_epoch": [0.655, 0.687, 0.751][fold],
-                "seconds": 341.0 + fold, "data_wait_seconds": 34.1,
-            }
-            for fold in range(n_folds)
-        ],
-        "seconds": 1026.0, "slides_per_second": 67.36, "device": "NVIDIA H100", "std_ddof": 1,
-    }  # fmt: skip
-
-
-def epochs(fold):
-    rng = np.random.default_rng(fold)
-    for epoch in range(1, N_EPOCHS + 1):
-        fall = np.exp(-epoch / 6)
-        yield {
-            "epoch": epoch, "train_loss": 0.7 + fall + rng.normal(0, 0.01),
-            "val_loss": 1.0 + 0.7 * fall + 0.01 * epoch + rng.normal(0, 0.02),
-            "c_index": 0.66 - 0.15 * fall + rng.normal(0, 0.015),
-            "c_index_patient": 0.68 - 0.15 * fall + rng.normal(0, 0.015), "lr": 2e-4, "seconds": 17.1,
-        }  # fmt: skip
-
-
-def make_run(folder, *, rows=None, config='preset = "paper"\n\n[train]\nlr = 2e-4\nepochs = 20\n', **changes):
-    """A finished run as `cftrain run` leaves it, with some of its summary replaced."""
-    run = folder / "run"
-    content = summary() | changes
-    for fold in content["folds"]:
-        (run / f"fold_{fold['fold']}").mkdir(parents=True)
-        lines = (json.dumps(row) for row in epochs(fold["fold"]))
-        (run / f"fold_{fold['fold']}" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    (run / "summary.json").write_text(json.dumps(content))
-    (run / "config.toml").write_text(config)
-    provenance = {
-        "versions": {"torch": "2.13.0", "lifelines": "0.30.3"}, "device": "NVIDIA H100", "host": "secret-machine",
-        "store": {"uuid": "0b5c2f0e-77aa", "hostname": "secret-machine"}, "git_commit": "af04535",
-        "command": ["cftrain", "run", "--cohort", "BLCA"], "started": "2026-11-21T10:00:00Z",
-        "digests": {f"shard-{number}": "00ff" for number in range(40)},
-    }  # fmt: skip
-    (run / "provenance.json").write_text(json.dumps(provenance))
-    pq.write_table(pa.Table.from_pylist(rows or predictions()), run / "predictions.parquet")
-    return run
-
-
-def page_of(run):
-    return write_report(run).read_text(encoding="utf-8")
-
-
-def words(page):
-    """What a reader sees: text without tags, spaces collapsed."""
-    body = re.sub(r"<style>.*?</style>", " ", page, flags=re.DOTALL)
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
-
-
-def parsed(svg):
-    return ET.fromstring(svg)  # noqa: S314 (written by the code under test)
 
 
 def patients(rows):
@@ -200,7 +78,8 @@ def test_each_headline_number_stands_beside_its_rule_the_honest_one_first(run):
 
 def test_the_sections_come_in_their_order(run):
     assert re.findall(r'<h2 id="([^"]+)"', page_of(run)) == [
-        "result", "folds", "survival", "training", "risk", "who", "configuration", "provenance", "reading",
+        "result", "folds", "time", "survival", "calibration", "cox", "risk", "training", "cost", "who",
+        "configuration", "provenance", "reading",
     ]  # fmt: skip
 
 
@@ -504,50 +383,3 @@ def test_p_values_are_printed_as_journals_do(p, said):
 )
 def test_durations_are_said_in_one_unit_or_two(seconds, said):
     assert duration(seconds) == said
-
-
-def chromium(*arguments, profile):
-    """Run a headless Chromium with a profile of its own; what it printed."""
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-        "--enable-logging=stderr", f"--user-data-dir={profile}", *arguments,
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-
-
-needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not on PATH")
-
-
-@pytest.mark.browser
-@needs_chromium
-@pytest.mark.parametrize("scheme", [0, 1], ids=["dark", "light"])
-def test_a_browser_draws_the_page_without_complaint(tmp_path, scheme):
-    page, shot = write_report(make_run(tmp_path, synthetic=True)), tmp_path / "shot.png"
-    printed = chromium(
-        f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1200,2200", f"--screenshot={shot}",
-        page.as_uri(), profile=tmp_path / "profile",
-    )  # fmt: skip
-    assert "CONSOLE" not in printed.stderr
-    with Image.open(shot) as image:
-        grey = np.asarray(image.convert("L"))
-    assert grey.shape == (2200, 1200)
-    assert (np.median(grey) < 60) == (scheme == 0)
-    assert grey.std() > 10
-    assert len(np.unique(grey)) > 50
-
-
-@pytest.mark.browser
-@needs_chromium
-@pytest.mark.parametrize("width", [360, 800, 1200])
-def test_no_page_is_wider_than_its_window(tmp_path, width):
-    page = write_report(make_run(tmp_path, synthetic=True)).read_text(encoding="utf-8")
-    outer = tmp_path / "outer.html"
-    outer.write_text(
-        f'<!DOCTYPE html><iframe style="width:{width}px;height:800px;border:0" srcdoc="{html.escape(page)}"></iframe>'
-        "<p></p><script>onload = () => { document.querySelector('p').textContent = 'width ' + "
-        "document.querySelector('iframe').contentDocument.documentElement.scrollWidth }</script>",
-        encoding="utf-8",
-    )
-    printed = chromium("--window-size=1400,900", "--dump-dom", outer.as_uri(), profile=tmp_path / "profile")
-    assert f"<p>width {width}</p>" in printed.stdout

@@ -18,7 +18,7 @@ from cftrain.data import load_data
 from cftrain.errors import ConfigError, MissingScaleError
 from cftrain.experiment import Watcher, cross_validate
 from cftrain.feed import Feed
-from cftrain.order import LoaderState, epoch_slides
+from cftrain.order import Visit, cohort_places
 
 SCALES = (5, 10, 20)
 QUICK = ["train.epochs=2", "train.select_from=1", "model.hidden_dim=8", "model.attention_dim=4"]
@@ -33,7 +33,7 @@ def tars(demo_store, tmp_path_factory):
 
 
 def load(store, **settings):
-    return load_data(store, DataConfig(**settings), "crossfusion", SCALES, seed=0)
+    return load_data(store, DataConfig(**settings), {"crossfusion": SCALES}, seed=0)
 
 
 def invoke(*arguments):
@@ -55,12 +55,11 @@ def test_tars_alone_give_the_slides_labels_folds_and_features_of_the_store(demo_
     assert theirs.cohort.slides == ours.cohort.slides
     assert theirs.folds == ours.folds
     assert theirs.patients.keys() == ours.patients.keys()
-    group = ours.cohort.slides[:4]
-    (one, _), (other, _) = (
-        next(Feed(data, SCALES, DataConfig(), torch.device("cpu")).batches([group])) for data in (ours, theirs)
-    )
-    for scale in SCALES:
-        assert torch.equal(one.features[scale], other.features[scale])
+    step = [Visit(example, place) for place, example in enumerate(ours.examples[:4])]
+    feeds = [Feed(data, SCALES, DataConfig(), torch.device("cpu")) for data in (ours, theirs)]
+    with feeds[0].window([step]) as one, feeds[1].window([step]) as other:
+        for scale in SCALES:
+            assert torch.equal(*(window.batch(step, SCALES).features[scale] for window in (one, other)))
 
 
 def test_a_run_on_tars_in_random_order_has_the_numbers_of_the_run_on_the_store(demo_store, tars, tmp_path):
@@ -81,15 +80,12 @@ def test_tars_are_visited_one_after_another_from_beginning_to_end(tars, tmp_path
     assert data.order is not None
     assert [len(shard) for shard in data.order.shards] == [7, 7, 7, 3]
     place = {s: (i, at) for i, shard in enumerate(data.order.shards) for at, s in enumerate(shard)}
-    for epoch in range(3):
-        visited = [
-            place[slide.slide_id] for slide in epoch_slides(LoaderState(7, epoch), data.folds[0], None, data.order)
-        ]
+    for number in range(3):
+        places = cohort_places(data.examples, 7, number, data.order)
+        visited = [place[name] for name in sorted(places, key=places.get)]
         runs = [list(run) for _, run in groupby(visited, key=lambda at: at[0])]
         assert len(runs) == 4
         assert all(run == sorted(run) for run in runs)
-    validated = [place[slide.slide_id] for slide in data.folds[0].val]
-    assert validated == sorted(validated)
 
 
 def test_the_command_trains_on_tars_without_a_store_and_says_where_the_data_came_from(tars, tmp_path):
@@ -139,7 +135,7 @@ def test_a_named_split_set_holds_for_the_slides_that_meet_the_condition(demo_sto
 
 def test_a_model_whose_scales_are_missing_is_refused_for_a_condition_too(demo_store):
     with pytest.raises(MissingScaleError, match=r"needs 5x, 40x; encoder toy of the chosen slides has 5x, 10x, 20x"):
-        load_data(demo_store.path, DataConfig(where="age > 0"), "crossfusion", (5, 40), seed=0)
+        load_data(demo_store.path, DataConfig(where="age > 0"), {"crossfusion": (5, 40)}, seed=0)
 
 
 def test_the_command_says_the_condition_in_summary_provenance_and_report(demo_store, tmp_path):

@@ -1,0 +1,5 @@
+"""`python -m cftrain`: what torchrun starts."""
+
+from cftrain.cli import main
+
+main(prog_name="cftrain")

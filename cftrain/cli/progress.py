@@ -1,0 +1,154 @@
+"""What a person sees while runs go on, on stderr: a live block on a terminal, else plain lines."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+_MOST_LINES = 12
+_BAR = 24
+
+
+class Progress:
+    """Told by the trainer, tells the person.
+
+    Parameters
+    ----------
+    labels
+        One per run, e.g. "seed 8"; empty where there is one run.
+    epochs
+        How many each fold trains for.
+    live
+        Whether stderr is a terminal.
+    """
+
+    def __init__(self, labels: Sequence[str], epochs: int, *, live: bool | None = None) -> None:
+        self._labels, self._epochs = labels, epochs
+        self._live = sys.stderr.isatty() if live is None else live
+        self._drawn = 0
+        self._lines: dict[tuple[int, int], str] = {}
+        self._beats: dict[tuple[str, ...], Any] = {}
+        self._n_learners = 0
+        self._started, self._first_share = time.monotonic(), math.nan
+
+    # -- what the trainer tells --------------------------------------------------------------------
+
+    def data(self, data: Any, n_parameters: Sequence[int]) -> None:
+        """The cohort is known."""
+        cohort = data.cohort
+        scales = ", ".join(f"{scale}x" for scale in cohort.scales)
+        events = sum({slide.patient_id: slide.event for slide in cohort.slides}.values())
+        parameters = " / ".join(f"{number:,}" for number in dict.fromkeys(n_parameters))
+        self._n_learners = len(n_parameters) * len(data.folds)
+        self._say(
+            f"cohort {cohort.name}, encoder {cohort.encoder} (D={cohort.dim}), {scales}: "
+            f"{len(cohort.slides)} slides of {cohort.n_patients} patients, {events} events; "
+            f"splits {data.splits.name}, {len(data.folds)} folds; {parameters} parameters"
+        )
+        for line in excluded_lines(data.excluded):
+            self._say(line)
+
+    def cache(self, plan: Any) -> None:
+        """Where bags are kept is known."""
+        self._say(plan.why)
+
+    def epoch(self, run: int, fold: int, epoch: Any) -> None:
+        """An epoch of a fold was measured."""
+        text = (
+            f"{self._name(run, fold)}  epoch {epoch.epoch}/{self._epochs}  loss {epoch.train_loss:.3f}  "
+            f"val loss {epoch.val_loss:.3f}  val C-index {number(epoch.c_index_patient)} per patient"
+        )
+        self._lines[run, fold] = text
+        for why in epoch.skipped:
+            self._say(f"{self._name(run, fold)}  epoch {epoch.epoch}: step left out: {why}")
+        if self._live:
+            self._draw()
+        elif epoch.epoch in (1, self._epochs) or epoch.epoch % 5 == 0:
+            self._say(text)
+
+    def beat(self, beat: Any) -> None:
+        """A group of folds has come further."""
+        self._beats[beat.learners] = beat
+        if self._live:
+            self._draw()
+
+    def fold(self, run: int, result: Any) -> None:
+        """A fold is finished."""
+        self._lines.pop((run, result.examples.number), None)
+        work = result.work
+        seconds = work.wait_seconds + work.compute_seconds
+        share = 100 * work.wait_seconds / max(seconds, 1e-9)
+        self._say(
+            f"{self._name(run, result.examples.number)}  done in {seconds:.0f} s ({share:.0f} % waiting for data): "
+            f"C-index {number(result.last_epoch.c_index_patient)} per patient"
+        )
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._clear()
+
+    # -- what the person sees --------------------------------------------------------------------
+
+    def _name(self, run: int, fold: int) -> str:
+        return f"{self._labels[run]}  fold {fold}" if self._labels else f"fold {fold}"
+
+    def _say(self, text: str) -> None:
+        self._clear()
+        click.echo(text, err=True)
+
+    def _clear(self) -> None:
+        if self._drawn:
+            click.echo(f"\033[{self._drawn}A\033[J", err=True, nl=False)
+            self._drawn = 0
+
+    def _draw(self) -> None:
+        lines = [*list(self._lines.values())[:_MOST_LINES], self._total()]
+        if len(self._lines) > _MOST_LINES:
+            lines.insert(-1, f"... and {len(self._lines) - _MOST_LINES} more folds")
+        width = shutil.get_terminal_size().columns - 1
+        self._clear()
+        click.echo("\n".join(line[:width] for line in lines), err=True)
+        self._drawn = len(lines)
+
+    def _total(self) -> str:
+        """How far all learners are, how fast, and how long it will take."""
+        passes = self._epochs + 1
+        share = sum(len(beat.learners) * (beat.number + beat.share) / passes for beat in self._beats.values())
+        share /= max(self._n_learners, 1)
+        if math.isnan(self._first_share):
+            self._first_share = share
+        elapsed, gone = time.monotonic() - self._started, share - self._first_share
+        left = f"about {_duration(elapsed * (1 - share) / gone)} left" if gone > 0.002 else "..."
+        slides = sum(beat.work.n_slides for beat in self._beats.values())
+        waited = sum(beat.work.wait_seconds for beat in self._beats.values())
+        busy = waited + sum(beat.work.compute_seconds for beat in self._beats.values())
+        rate = f"{slides / busy * len(self._beats):,.0f} slides/s, " if busy else ""
+        waiting = f"{100 * waited / busy:.0f} % waiting for data, " if busy else ""
+        filled = round(_BAR * share)
+        return f"[{'#' * filled}{'.' * (_BAR - filled)}] {100 * share:3.0f} %  {rate}{waiting}{left}"
+
+
+def excluded_lines(excluded: Any) -> list[str]:
+    """Slides left out of a run, by reason, a few of them named."""
+    return [
+        f"{len(ids)} slides left out: {reason} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})"
+        for reason, ids in excluded.items()
+    ]
+
+
+def number(value: float | None) -> str:
+    """Three decimals, or n/a."""
+    return "n/a" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,234 @@
+"""`cftrain run`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cftrain.cli.progress import Progress, number
+
+RUNS = Path("runs")
+
+
+@click.command()
+@click.option("--cohort", metavar="NAME", help="Cohort in the store (or data.cohort in --config).")
+@click.option("--where", metavar="SQL", help="Only slides that meet a condition on patients and slides.")
+@click.option(
+    "--model", "models", metavar="NAME", multiple=True, help="One of `cftrain models`; several train together."
+)
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Train seeds train.seed, +1, ..."
+)
+@click.option("--encoder", metavar="NAME", help="Encoder of the features [default: the cohort's only one].")
+@click.option("--splits", metavar="NAME", help="Split set [default: the cohort's only one, or made by patient].")
+@click.option(
+    "--unit", type=click.Choice(["slide", "patient"]), help="One bag per slide, or one of all a patient's slides."
+)
+@click.option("--preset", metavar="NAME", help="default, paper or demo: a named set of settings.")
+@click.option("--config", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings, TOML.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. train.epochs=50.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory [default: runs/COHORT-MODEL-...].")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, or with the latest unfinished one in runs/.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, read and needed, and do nothing.")
+@click.option("--cache", metavar="KIND[:SIZE]", help="Keep bags between epochs: auto, off, ram[:8GB] or gpu[:20GB].")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Groups of folds side by side.")
+@click.option("--fuse/--no-fuse", default=True, show_default=True, help="Let folds share one reading of the cohort.")
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    envvar="CFSTORE",
+    default=Path("cfstore-data"),
+    show_default=True,
+    help="The store's directory; also $CFSTORE.",
+)
+@click.option("--shards", metavar="TARS", help="Tars in place of a store, read in sequence: 'path/{000..031}.tar'.")
+@click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events; needs the package tensorboard.")
+@click.option("--json", "as_json", is_flag=True, help="Print summary.json (or the plan) instead of text.")
+@click.pass_context
+def run(
+    ctx: click.Context,
+    cohort: str | None,
+    where: str | None,
+    models: tuple[str, ...],
+    seeds: int,
+    encoder: str | None,
+    splits: str | None,
+    unit: str | None,
+    preset: str | None,
+    file: Path | None,
+    settings: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    dry_run: bool,
+    cache: str | None,
+    device: str,
+    jobs: int,
+    fuse: bool,
+    store: Path,
+    shards: str | None,
+    tensorboard: bool,
+    as_json: bool,
+) -> None:
+    """Cross-validate a model on a cohort and write a run directory.
+
+    Two C-indices are reported, each with its rule: the last epoch of a schedule fixed
+    beforehand (honest), and the best epoch on the reported fold (the paper's; optimistic).
+
+    Killed at any moment, `--resume` goes on and ends with the same numbers, bit for bit on the same machine.
+    On SIGTERM or SIGUSR1 a run writes its checkpoints and exits with 75. Several processes under torchrun
+    train each step together.
+
+    \b
+    Example:
+        cftrain run --cohort GBMLGG
+        cftrain run --cohort GBMLGG --dry-run
+        cftrain run --cohort GBMLGG --model abmil --encoder vit4k --set train.epochs=30
+        cftrain run --cohort GBMLGG --model abmil --model crossfusion --seeds 3
+        cftrain run --cohort BLCA --preset paper
+        cftrain run --where "cohort = 'GBMLGG' AND age > 40"
+        cftrain run --shards 'exported/{000..031}.tar'
+        cftrain run --resume
+        torchrun --nproc-per-node 2 -m cftrain run --cohort GBMLGG
+    """
+    flags = {
+        "data.cohort": cohort,
+        "data.where": where,
+        "data.encoder": encoder,
+        "data.splits": splits,
+        "data.unit": unit,
+        "data.shards": shards,
+        "data.cache": cache,
+    }
+    if resume:
+        from cftrain.planned import resumed
+
+        if preset or file or models or seeds > 1:
+            raise click.UsageError(
+                "--resume takes its settings from the run; leave out --preset, --config, --model, --seeds"
+            )
+        given = ctx.get_parameter_source("store") is not click.core.ParameterSource.DEFAULT
+        planned = resumed(out, RUNS, store if given else None, flags, settings)
+    else:
+        from cftrain.planned import new_runs
+
+        planned = new_runs(
+            out,
+            RUNS,
+            models,
+            seeds,
+            store,
+            preset=preset,
+            file=file,
+            flags=flags,
+            settings=settings,
+            stamp=f"{datetime.now():%Y%m%d-%H%M%S}",
+        )
+    first = planned.configs[0]
+    if not (first.data.cohort or first.data.where or first.data.shards):
+        message = "name the cohort with --cohort (`cfstore info` lists them), or slides with --where"
+        raise click.UsageError(message)
+    if dry_run:
+        _say_plan(planned, device, jobs, fuse, as_json)
+        return
+    _train(planned, device, jobs, fuse, resume, tensorboard, as_json)
+
+
+def _say_plan(planned: Any, device: str, jobs: int, fuse: bool, as_json: bool) -> None:
+    from cftrain.experiment import prepare
+    from cftrain.forecast import forecast
+
+    plan = forecast(prepare(planned.configs, planned.store, device=device, jobs=jobs, fuse=fuse))
+    click.echo(json.dumps(plan.to_dict(), indent=2) if as_json else "\n".join(plan.lines()))
+
+
+def _train(planned: Any, device: str, jobs: int, fuse: bool, resume: bool, tensorboard: bool, as_json: bool) -> None:
+    from cftrain.experiment import Watcher, train_runs
+    from cftrain.ranks import rank
+    from cftrain.report import write_report
+
+    told = Progress(planned.labels, planned.configs[0].train.epochs)
+    on_epoch: Any = told.epoch
+    if tensorboard:
+        from cftrain.tensorboard import events
+
+        on_epoch = events(planned.outs, told.epoch)
+    watch = Watcher(told.data, told.cache, on_epoch, told.beat, told.fold)
+    try:
+        finished = train_runs(
+            planned.configs,
+            planned.store,
+            planned.outs,
+            device=device,
+            jobs=jobs,
+            fuse=fuse,
+            resume=resume,
+            command=sys.argv,
+            watch=watch,
+        )
+    finally:
+        told.end()
+    if rank() > 0:
+        return
+    reports = [write_report(done.path) for done in finished]
+    summaries = [done.summary for done in finished]
+    if as_json:
+        click.echo(json.dumps(summaries[0] if len(summaries) == 1 else summaries, indent=2))
+        return
+    for done, page in zip(finished, reports, strict=True):
+        for line in result_lines(done.summary):
+            click.echo(line)
+        click.echo(f"\nrun        {done.path}")
+        click.echo(f"report     {page}")
+
+
+def _spread(metric: dict[str, Any]) -> str:
+    return f"{number(metric['mean'])} +- {number(metric['std'])}"
+
+
+def result_lines(summary: Mapping[str, Any]) -> list[str]:
+    if summary["synthetic"]:
+        lines = ["", "SYNTHETIC DATA: invented by `cfstore synth`, about no real patient", ""]
+    else:
+        lines = [""]
+    head = ("fold", "epochs", "C-index", "per patient", "best epoch", "C-index there", "per patient")
+    rows = [
+        (
+            str(fold["fold"]),
+            str(fold["epochs"]),
+            number(fold["c_index"]),
+            number(fold["c_index_patient"]),
+            str(fold["best_epoch"]),
+            number(fold["c_index_best_epoch"]),
+            number(fold["c_index_patient_best_epoch"]),
+        )
+        for fold in summary["folds"]
+    ]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    lines += [
+        "",
+        f"C-index             {_spread(summary['c_index'])} per slide, "
+        f"{_spread(summary['c_index_patient'])} per patient",
+        f"                    {summary['c_index']['rule']}",
+        f"C-index, best epoch {_spread(summary['c_index_best_epoch'])} per slide, "
+        f"{_spread(summary['c_index_patient_best_epoch'])} per patient",
+        f"                    {summary['c_index_best_epoch']['rule']}",
+    ]
+    if summary["reference"]:
+        oracle, single = summary["reference"]["oracle"], summary["reference"]["best_single_scale"]
+        lines.append(
+            f"planted risk        {_spread(oracle)} per patient; "
+            f"best predictor from {single['scale']}x alone {_spread(single)}"
+        )
+    p = summary["log_rank_p"]
+    lines.append(
+        f"log-rank p          {'n/a' if p is None else f'{p:.2g}'}, patients split at the median risk of their fold"
+    )
+    return lines

@@ -1,0 +1,42 @@
+"""Signals that ask a run to write a checkpoint and leave: SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Final
+
+SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@dataclass
+class StopRequest:
+    """Whether, and by which signal, this process was asked to stop; `also` asks somebody else (a parent process)."""
+
+    by: signal.Signals | None = None
+    also: Callable[[], signal.Signals | None] = field(default=lambda: None)
+
+    def __bool__(self) -> bool:
+        self.by = self.by or self.also()
+        return self.by is not None
+
+
+@contextmanager
+def listening(also: Callable[[], signal.Signals | None] = lambda: None) -> Iterator[StopRequest]:
+    """Note the signals in place of dying of them; a second Ctrl-C kills at once."""
+    request = StopRequest(also=also)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if request.by is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.by = signal.Signals(number)
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,195 @@
+"""Groups of learners, one after the other in this process, or side by side in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cftrain.cache import CachePlan
+from cftrain.config import RunConfig
+from cftrain.data import RunData
+from cftrain.errors import RunError, StoppedError
+from cftrain.feed import Feed
+from cftrain.learner import Learner
+from cftrain.passes import Beat, Clock, Group, stopped, train
+from cftrain.ranks import ALONE, Ranks
+from cftrain.results import Epoch, FoldResult
+from cftrain.stopping import StopRequest, listening
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A learner before it exists: which run, by its place in the list, and which fold."""
+
+    run: int
+    fold: int
+
+
+@dataclass(frozen=True)
+class Team:
+    """What all learners of all runs are made from."""
+
+    configs: tuple[RunConfig, ...]
+    data: RunData
+    outs: tuple[Path, ...]
+    device: torch.device
+    cache: CachePlan
+
+
+@dataclass(frozen=True)
+class Told:
+    """Whom to tell what, while learners train: (run, fold, epoch), and progress."""
+
+    on_epoch: Callable[[int, int, Epoch], None]
+    on_beat: Callable[[Beat], None]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished learner, and the most memory that its process has used so far."""
+
+    run: int
+    result: FoldResult
+    peak_bytes: int
+
+
+def fold_directory(out: Path, fold: int) -> Path:
+    """Where a fold's files are."""
+    return out / f"fold_{fold}"
+
+
+def train_teams(
+    team: Team,
+    groups: Sequence[Sequence[Spec]],
+    jobs: int,
+    ranks: Ranks,
+    stop: StopRequest,
+    clock: Clock,
+    told: Told,
+) -> Iterator[Done]:
+    """Train all groups; yields learners as they finish.
+
+    Raises
+    ------
+    StoppedError, NonFiniteError
+        See `passes.train`; other processes write their checkpoints before it is raised.
+    """
+    if jobs == 1 or len(groups) < 2:
+        feed = _feed(team)
+        for specs in groups:
+            yield from _train_group(team, specs, feed, ranks, stop, clock, told)
+    else:
+        yield from _side_by_side(team, groups, jobs, stop, clock, told)
+
+
+def _feed(team: Team) -> Feed:
+    data = team.data
+    return Feed(data, data.cohort.scales, team.configs[0].data, team.device, team.cache)
+
+
+def _train_group(
+    team: Team, specs: Sequence[Spec], feed: Feed, ranks: Ranks, stop: StopRequest, clock: Clock, told: Told
+) -> Iterator[Done]:
+    learners = {_learner(team, spec): spec for spec in specs}
+    for learner in learners:
+        learner.restore()
+        clock.before = max(clock.before, learner.elapsed)
+        if ranks.first:
+            learner.rewrite_log()
+    ranks.barrier()
+    group = Group(
+        learners=list(learners),
+        feed=feed,
+        ranks=ranks,
+        stop=stop,
+        clock=clock,
+        on_epoch=lambda learner, epoch: told.on_epoch(learners[learner].run, learners[learner].fold, epoch),
+        on_beat=told.on_beat,
+    )
+    for learner in train(group):
+        yield Done(learners[learner].run, learner.result(), peak_bytes(team.device))
+
+
+def _learner(team: Team, spec: Spec) -> Learner:
+    fold = next(fold for fold in team.data.folds if fold.number == spec.fold)
+    return Learner(team.configs[spec.run], team.data, fold, fold_directory(team.outs[spec.run], spec.fold), team.device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use at once: the GPU's where there is one, else this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+# Of a worker process: where it tells its progress, and whether it should stop.
+_told: Any = None
+_asked: Any = None
+
+
+def _begin(told: Any, asked: Any, threads: int) -> None:
+    global _told, _asked
+    _told, _asked = told, asked
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Nobody waits for the results of an orphan, and somebody may have resumed the run."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _side_by_side(
+    team: Team, groups: Sequence[Sequence[Spec]], jobs: int, stop: StopRequest, clock: Clock, told: Told
+) -> Iterator[Done]:
+    """Groups in processes; what they tell comes through a queue."""
+    context = multiprocessing.get_context("spawn")
+    queue, asked = context.SimpleQueue(), context.Event()
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, context, _begin, (queue, asked, threads)) as pool:
+        pending = {pool.submit(_in_process, team, specs, clock.elapsed) for specs in groups}
+        failed: BaseException | None = None
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            while not queue.empty():
+                _tell(told, *queue.get())
+            if stop:
+                asked.set()
+            for future in done:
+                error = future.exception()
+                if error is None:
+                    yield from future.result()
+                else:
+                    failed = failed or error
+                    asked.set()
+    if isinstance(failed, BrokenProcessPool):
+        message = "a worker process died (killed, or out of memory); go on with --resume, and fewer --jobs"
+        raise RunError(message) from failed
+    if isinstance(failed, StoppedError) and stop:
+        raise stopped(stop) from failed
+    if failed is not None:
+        raise failed
+
+
+def _tell(told: Told, what: str, *words: Any) -> None:
+    (told.on_epoch if what == "epoch" else told.on_beat)(*words)
+
+
+def _in_process(team: Team, specs: Sequence[Spec], elapsed: float) -> list[Done]:
+    told = Told(lambda *words: _told.put(("epoch", *words)), lambda beat: _told.put(("beat", beat)))
+    with listening(lambda: signal.SIGTERM if _asked.is_set() else None) as stop:
+        return list(_train_group(team, specs, _feed(team), ALONE, stop, Clock(elapsed), told))
