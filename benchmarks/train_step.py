@@ -35,7 +35,7 @@ from torch import Tensor, nn  # noqa: E402
 import cfkernels  # noqa: E402
 from cftrain.models import BagBatch, SurvivalModel, build  # noqa: E402
 from cftrain.models.released import from_released, place  # noqa: E402
-from cftrain.survival import nll_survival  # noqa: E402
+from cftrain.survival.losses import nll_survival  # noqa: E402
 
 BAGS = {
     "dry": (3, 7, 19),

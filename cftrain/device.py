@@ -6,6 +6,7 @@ int8 bags stay int8 with their scale and zero; they become float32 each time a m
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
 from collections import deque
@@ -235,6 +236,14 @@ def pinned(nbytes: int) -> NDArray[np.uint8]:
     """Page-locked memory, from which a GPU copies while the CPU goes on."""
     memory: NDArray[np.uint8] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
     return memory
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Let the same run give the same bits on the same GPU; an op that cannot says so. A CPU does anyway."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def free_gpu(device: torch.device) -> int | None:

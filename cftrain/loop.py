@@ -21,7 +21,8 @@ from cftrain.errors import NonFiniteError
 from cftrain.models import BagBatch, SurvivalModel
 from cftrain.order import Visit
 from cftrain.ranks import Ranks
-from cftrain.survival import TimeBins, ce_survival, cox_loss, nll_survival
+from cftrain.survival import TimeBins
+from cftrain.survival.losses import ce_survival, cox_loss, nll_survival
 
 Bags = Callable[[Sequence[Visit]], BagBatch]
 """The batch of a pack, on the device of the model."""

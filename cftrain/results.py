@@ -20,7 +20,8 @@ from cftrain.examples import Example
 from cftrain.feed import Work
 from cftrain.folds import FoldExamples
 from cftrain.models import SurvivalOutput
-from cftrain.survival import PatientLevel, TimeBins, c_index, ce_survival, cox_loss, nll_survival, patient_level
+from cftrain.survival import PatientLevel, TimeBins, c_index, patient_level
+from cftrain.survival.losses import ce_survival, cox_loss, nll_survival
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from cftrain.cache import CachePlan
 from cftrain.config import RunConfig
 from cftrain.data import RunData
+from cftrain.device import make_deterministic
 from cftrain.errors import RunError, StoppedError
 from cftrain.feed import Feed
 from cftrain.learner import Learner
@@ -95,6 +96,7 @@ def train_teams(
 
 def _feed(team: Team) -> Feed:
     data = team.data
+    make_deterministic(team.device)
     return Feed(data, data.cohort.scales, team.configs[0].data, team.device, team.cache)
 
 

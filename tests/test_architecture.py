@@ -204,6 +204,8 @@ def test_only_command_lines_print(package):
         "from cfstore.cli import main; main(['ingest', '--help'])",
         "import cfstore",
         "import cftrain",
+        "from cftrain.cli import main; main(['compare', 'no such run'])",
+        "from cftrain.cli import main; main(['run', '--cohort', 'C', '--set', 'train.epoch=3'])",
     ],
 )
 def test_help_and_imports_load_no_torch(statement):

@@ -99,7 +99,7 @@ def compare(
 @click.option(
     "--replicates", type=click.IntRange(min=1), default=1000, show_default=True, help="Resamples behind an interval."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print summary.json instead of text.")
+@click.option("--json", "as_json", is_flag=True, help="Print prediction.json instead of text.")
 def predict(
     run: Path,
     store: Path | None,
@@ -150,7 +150,7 @@ def predict(
     for line in prediction_lines(done.summary):
         click.echo(line)
     click.echo(f"\npredictions  {done.path / 'predictions.parquet'}")
-    click.echo(f"summary      {done.path / 'summary.json'}")
+    click.echo(f"summary      {done.path / 'prediction.json'}")
 
 
 def _say_target(trained: Any, target: Any) -> None:

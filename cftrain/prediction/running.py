@@ -42,7 +42,7 @@ class PredictionWatcher:
 
 @dataclass(frozen=True)
 class FinishedPrediction:
-    """Where predictions were written, and their summary.json."""
+    """Where predictions were written, and their prediction.json."""
 
     path: Path
     summary: Mapping[str, Any]
@@ -65,7 +65,7 @@ def predict_run(
     command: Sequence[str] = (),
     watch: PredictionWatcher | None = None,
 ) -> FinishedPrediction:
-    """Apply all folds of a finished run to other slides, and write predictions.parquet and summary.json.
+    """Apply all folds of a finished run to other slides, and write predictions.parquet and prediction.json.
 
     Slides need no label; where there are some, C-indices and calibration are in the summary.
 

@@ -1,4 +1,4 @@
-"""predictions.parquet and summary.json of a prediction, in a directory that is complete or not there at all."""
+"""predictions.parquet and prediction.json of a prediction, in a directory that is complete or not there at all."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write(out: Path, rows: pa.Table, summary: Mapping[str, Any]) -> None:
     try:
         aside.mkdir(parents=True)
         pq.write_table(rows, aside / "predictions.parquet")
-        (aside / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (aside / "prediction.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         check_new(out)
         aside.rename(out)
     except OSError as error:

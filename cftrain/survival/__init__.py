@@ -1,9 +1,8 @@
-"""Survival statistics of the trainer: time bins, the loss, sampling orders and metrics."""
+"""Survival statistics: time bins, sampling orders and metrics here; the rest by module. Only `losses` loads torch."""
 
 from __future__ import annotations
 
 from cftrain.survival.bins import TimeBins, fit_bins
-from cftrain.survival.losses import Reduction, ce_survival, cox_loss, nll_survival
 from cftrain.survival.metrics import (
     FoldSummary,
     KMCurve,
@@ -23,17 +22,13 @@ __all__ = [
     "KMCurve",
     "LogRank",
     "PatientLevel",
-    "Reduction",
     "TimeBins",
     "c_index",
-    "ce_survival",
     "class_weights",
-    "cox_loss",
     "draw",
     "fit_bins",
     "kaplan_meier",
     "log_rank_median_split",
-    "nll_survival",
     "numbers_at_risk",
     "pass_order",
     "patient_level",

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from lifelines import CoxPHFitter
 from lifelines.exceptions import ConvergenceError, ConvergenceWarning
 from numpy.typing import ArrayLike
+from scipy.stats import chi2
 
 from cftrain.errors import ConfigError, ShapeError
 from cftrain.survival.metrics import kaplan_meier
@@ -255,8 +255,7 @@ def _spread(reached: Floats, bins: int) -> Floats:
 
 def _chi2_tail(statistic: float, degrees: int) -> float:
     """P(chi² of so many degrees of freedom > statistic)."""
-    half = torch.tensor([degrees / 2, statistic / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(half[0], half[1]))
+    return float(chi2.sf(statistic, degrees))
 
 
 def _check_probabilities(name: str, values: Floats, event: Flags) -> None:

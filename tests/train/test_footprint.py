@@ -15,7 +15,7 @@ from cfkernels import using
 from cftrain.errors import ConfigError, MissingScaleError, UnknownModelError
 from cftrain.footprint import RESERVE, evaluation_footprint, training_footprint
 from cftrain.models import BagBatch, build
-from cftrain.survival import nll_survival
+from cftrain.survival.losses import nll_survival
 
 DIM = 24
 MODELS = [
@@ -172,7 +172,7 @@ import json, sys
 from pathlib import Path
 import torch
 from cftrain.models import BagBatch, build
-from cftrain.survival import nll_survival
+from cftrain.survival.losses import nll_survival
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()

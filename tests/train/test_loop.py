@@ -19,7 +19,8 @@ from cftrain.loop import Task, learning_rate, predict, train_step
 from cftrain.models import build
 from cftrain.order import Visit, pack_seed, packed
 from cftrain.ranks import ALONE
-from cftrain.survival import cox_loss, fit_bins, nll_survival
+from cftrain.survival import fit_bins
+from cftrain.survival.losses import cox_loss, nll_survival
 
 SCALES = (5, 10, 20)
 
