@@ -21,6 +21,8 @@ from cftrain.errors import ConfigError
 from cftrain.zoo import model_options
 
 ModelOption = str | int | float | bool
+RECOMMENDED = "recommended"
+"""The preset that is taken where none is named: the defaults below."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class ModelConfig:
 class RunConfig:
     """Everything that decides a run's numbers, but the data themselves."""
 
-    preset: str = "default"
+    preset: str = RECOMMENDED
     data: DataConfig = field(default_factory=DataConfig)
     bins: BinsConfig = field(default_factory=BinsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -148,7 +150,7 @@ RESUMABLE = ("data.readers", "data.ahead", "data.ahead_mib", "data.cache", "trai
 
 
 def presets() -> list[str]:
-    """Names of the presets that ship with cftrain."""
+    """Names of the presets that ship with cftrain, besides the recommended one."""
     files = resources.files("cftrain").joinpath("presets").iterdir()
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
 
@@ -184,12 +186,12 @@ def load_config(
     named = preset or content.pop("preset", None)
     content.pop("preset", None)
     values: dict[str, Any] = {}
-    if named and named != "default":
+    if named and named != RECOMMENDED:
         values |= _flatten(_read_preset(str(named)), f"preset {named}")
     values |= _flatten(content, str(file))
     values |= {key: value for key, value in (flags or {}).items() if value is not None}
     values |= dict(_parse_setting(text) for text in settings)
-    return _build(str(named or "default"), values)
+    return _build(str(named or RECOMMENDED), values)
 
 
 def to_toml(config: RunConfig) -> str:
@@ -230,7 +232,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 def _read_preset(name: str) -> dict[str, Any]:
     if name not in presets():
-        message = f"no preset {name!r}; presets: {', '.join(['default', *presets()])}"
+        message = f"no preset {name!r}; presets: {', '.join([RECOMMENDED, *presets()])}"
         raise ConfigError(message)
     return tomllib.loads(resources.files("cftrain").joinpath(f"presets/{name}.toml").read_text(encoding="utf-8"))
 

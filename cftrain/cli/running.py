@@ -30,7 +30,7 @@ RUNS = Path("runs")
 @click.option(
     "--unit", type=click.Choice(["slide", "patient"]), help="One bag per slide, or one of all a patient's slides."
 )
-@click.option("--preset", metavar="NAME", help="default, paper or demo: a named set of settings.")
+@click.option("--preset", metavar="NAME", help="recommended (the default), paper or demo.")
 @click.option("--config", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings, TOML.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. train.epochs=50.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [default: runs/COHORT-MODEL-...].")
