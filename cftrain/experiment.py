@@ -40,6 +40,11 @@ from cftrain.stopping import StopRequest, listening
 from cftrain.summary import Effort, total_work, write_summary
 from cftrain.teams import Spec, Team, Told, fold_directory, train_teams
 
+_LEARNER_BYTES = 16
+"""Of each parameter: the weight, Adam's two moments, and the weight under validation."""
+_HELD_STEPS = 2
+"""Steps' worth of slides that a pass holds, at most about: one that fills up, and what other folds left over."""
+
 
 @dataclass(frozen=True)
 class Watcher:
@@ -118,24 +123,26 @@ def prepare(
     fused = fuse and first.data.order != "independent"
     jobs = min(jobs, len(data.folds) * len(configs))
     plan = plan_cache(first.data.cache, cohort_bytes=nbytes, ram_free=free_ram(), gpu_free=free_gpu(chosen), jobs=jobs)
-    fitted = [_fitted(config, data, chosen, jobs) for config in configs]
-    resolved, step_bytes = tuple(config for config, _ in fitted), tuple(nbytes for _, nbytes in fitted)
     n_parameters = tuple(
         sum(weight.numel() for weight in make_model(config, data.cohort.dim).parameters()) for config in configs
     )
+    kept = plan.gpu_bytes if chosen.type == "cuda" else plan.ram_bytes
+    free = (free_gpu(chosen) or free_ram()) // jobs - kept
+    free = max(0, free - _beside_a_step(configs, data, n_parameters, nbytes, jobs, fused))
+    fitted = [_fitted(config, data, chosen, free) for config in configs]
+    resolved, step_bytes = tuple(config for config, _ in fitted), tuple(nbytes for _, nbytes in fitted)
     of_runs = tuple(tuple(scales[config.model.name]) for config in configs)
     return Prepared(resolved, data, chosen, plan, n_parameters, of_runs, nbytes, step_bytes, jobs, fused)
 
 
-def _fitted(config: RunConfig, data: RunData, device: torch.device, jobs: int) -> tuple[RunConfig, int]:
+def _fitted(config: RunConfig, data: RunData, device: torch.device, free: int) -> tuple[RunConfig, int]:
     """`train.batch_patches` as a number, if it is left to us, and the bytes of the largest step.
 
     Raises
     ------
     ConfigError
-        The largest slide does not fit.
+        The largest slide does not fit into `free` bytes.
     """
-    free = (free_gpu(device) or free_ram()) // jobs
     options = tuple(sorted({**config.model.options, "n_bins": config.n_outputs}.items()))
     cost = _cost(config.model.name, options, data.cohort.dim, device.type)
     patches = {example.name: example.n_patches for example in data.examples}
@@ -143,6 +150,16 @@ def _fitted(config: RunConfig, data: RunData, device: torch.device, jobs: int) -
     found = config.train.batch_patches or patch_budget(cost, patches, free)
     train = dataclasses.replace(config.train, batch_patches=found)
     return dataclasses.replace(config, train=train), cost.nbytes(patches[largest])
+
+
+def _beside_a_step(
+    configs: Sequence[RunConfig], data: RunData, n_parameters: Sequence[int], nbytes: int, jobs: int, fused: bool
+) -> int:
+    """Bytes that a group needs besides those of one step: its other learners, and the slides that steps hold."""
+    learners = -(-len(configs) * len(data.folds) // jobs) if fused else 1
+    each = _LEARNER_BYTES * max(n_parameters)
+    slides = _HELD_STEPS * max(config.train.accumulate for config in configs)
+    return (learners - 1) * each + min(nbytes, int(slides * nbytes / len(data.examples)))
 
 
 @cache

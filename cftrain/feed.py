@@ -24,6 +24,8 @@ from cftrain.models import BagBatch
 from cftrain.order import Step, Visit
 
 _RING_STEP: Final = 256 << 20
+Arrival = tuple[int, list[DeviceSlide], int]
+"""A place, its slides on the device, and the bytes that were read for them."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Feed:
     device: torch.device
     cache: CachePlan = NO_CACHE
     wait_seconds: float = 0.0
+    bytes_read: int = 0
+    """Decoded bytes from the store that have arrived so far; the caches' are not counted."""
     _reader: SlideReader = field(init=False)
     _caches: tuple[SlideCache, ...] = field(init=False)
     _host: HostMemory = field(init=False)
@@ -80,11 +84,6 @@ class Feed:
         self._caches = (SlideCache(self.device, self.cache.gpu_bytes), ram)
         self._host = host_memory(self.device)
         self._ring_bytes = self.config.ahead_mib << 20
-
-    @property
-    def bytes_read(self) -> int:
-        """Decoded bytes read from the store so far."""
-        return self._reader.bytes_read
 
     @contextmanager
     def window(self, steps: Sequence[Sequence[Visit]]) -> Iterator[Window]:
@@ -149,7 +148,7 @@ class Feed:
 
     def _arriving(
         self, visits: Sequence[tuple[int, Example]], to_read: Iterator[bool], stream: Iterator[SlideBags]
-    ) -> Generator[tuple[int, list[DeviceSlide]], None, None]:
+    ) -> Generator[Arrival, None, None]:
         """The examples in the order of their places, each with its slides on the device."""
         for place, example in visits:
             self._host.release()
@@ -160,9 +159,10 @@ class Feed:
                     slides.append(self._moved(held[-1]))
                 else:
                     slides.append(self._from_cache(slide_id))
+            nbytes = sum(slide.nbytes for slide in held)
             self._host.hold(held)
             del held
-            yield place, slides
+            yield place, slides, nbytes
             del slides
 
     def _moved(self, slide: SlideBags) -> DeviceSlide:
@@ -182,9 +182,7 @@ class Feed:
 class Window:
     """The examples that steps in progress hold."""
 
-    def __init__(
-        self, feed: Feed, arriving: Arrivals[tuple[int, list[DeviceSlide]]], last_uses: dict[int, int]
-    ) -> None:
+    def __init__(self, feed: Feed, arriving: Arrivals[Arrival], last_uses: dict[int, int]) -> None:
         self._feed, self._arriving = feed, arriving
         self._last_uses, self._done = last_uses, 0
         self._held: dict[int, list[DeviceSlide]] = {}
@@ -193,8 +191,9 @@ class Window:
         """The bags of a pack, one per visit, on the device; waits until they have arrived."""
         started = time.perf_counter()
         while any(visit.place not in self._held for visit in pack):
-            place, slides = next(self._arriving)
+            place, slides, nbytes = next(self._arriving)
             self._held[place] = slides
+            self._feed.bytes_read += nbytes
         self._feed.wait_seconds += time.perf_counter() - started
         bags = [
             {scale: _joined([slide[scale].features() for slide in self._held[visit.place]]) for scale in scales}

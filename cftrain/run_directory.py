@@ -114,8 +114,11 @@ def held(out: Path) -> Iterator[None]:
     with (out / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             message = f"{out}: another process trains here; wait for it, or name another directory with --out"
+            raise RunError(message) from error
+        except OSError as error:
+            message = f"{out}: cannot be locked ({error.strerror}); name a directory on another file system with --out"
             raise RunError(message) from error
         yield
 

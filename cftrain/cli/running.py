@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from cftrain.cache import size_text
 from cftrain.cli.progress import Progress, number
 
 RUNS = Path("runs")
@@ -227,8 +228,38 @@ def result_lines(summary: Mapping[str, Any]) -> list[str]:
             f"planted risk        {_spread(oracle)} per patient; "
             f"best predictor from {single['scale']}x alone {_spread(single)}"
         )
+    lines += _assessed(summary["assessment"])
     p = summary["log_rank_p"]
     lines.append(
         f"log-rank p          {'n/a' if p is None else f'{p:.2g}'}, patients split at the median risk of their fold"
     )
+    lines += ["", _limits(summary)]
+    skipped = sum(fold["skipped_steps"] for fold in summary["folds"])
+    if skipped:
+        lines.append(f"{skipped} steps were left out: a loss or gradient was not finite; see metrics.jsonl")
     return lines
+
+
+def _assessed(found: Mapping[str, Any]) -> list[str]:
+    """Uncertainty, censoring-weighted concordance, and how good the probabilities are; all per patient, last epoch."""
+    c, uno, brier = found["c_index"], found["uno_c"], found["ibs"]
+    lines = [
+        f"95 % interval       {number(c['lower'])} to {number(c['upper'])} per patient, last epoch "
+        f"({found['replicates']:,} bootstrap resamples)",
+        f"Uno's C             {_spread(uno)} per patient, last epoch",
+    ]
+    if brier["mean"] is not None:
+        reference = number(brier["kaplan_meier"])
+        lines.append(f"integrated Brier    {_spread(brier)}; of the training fold's Kaplan-Meier curve {reference}")
+    return lines
+
+
+def _limits(summary: Mapping[str, Any]) -> str:
+    """Whether reading or computing took the time."""
+    share = summary["data_wait_share"]
+    waited = "n/a" if share is None else f"{100 * share:.0f} %"
+    return (
+        f"{summary['slides_per_second']:,.0f} slides/s, {summary['patches_per_second']:,.0f} patches/s, "
+        f"{size_text(summary['bytes_read'])} read; waiting for data {waited} of the time, computing the rest; "
+        f"peak memory {size_text(summary['peak_memory_bytes'])}"
+    )
