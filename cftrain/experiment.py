@@ -247,6 +247,8 @@ def train_runs(
 
 
 def _enter(out: Path, config: RunConfig, ready: Prepared, command: Sequence[str], *, resume: bool) -> None:
+    if resume and (out / "summary.json").exists():
+        return
     provenance = collect(ready.data, config, ready.device, command, to_toml(config))
     if resume and run_directory.begun(out):
         run_directory.go_on(out, config, provenance)

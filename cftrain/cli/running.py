@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
-from cftrain.cache import size_text
-from cftrain.cli.progress import Progress, number
+from cftrain.cli.outcome import result_lines
+from cftrain.cli.progress import Progress
 
 RUNS = Path("runs")
 
@@ -187,79 +186,3 @@ def _train(planned: Any, device: str, jobs: int, fuse: bool, resume: bool, tenso
             click.echo(line)
         click.echo(f"\nrun        {done.path}")
         click.echo(f"report     {page}")
-
-
-def _spread(metric: dict[str, Any]) -> str:
-    return f"{number(metric['mean'])} +- {number(metric['std'])}"
-
-
-def result_lines(summary: Mapping[str, Any]) -> list[str]:
-    if summary["synthetic"]:
-        lines = ["", "SYNTHETIC DATA: invented by `cfstore synth`, about no real patient", ""]
-    else:
-        lines = [""]
-    head = ("fold", "epochs", "C-index", "per patient", "best epoch", "C-index there", "per patient")
-    rows = [
-        (
-            str(fold["fold"]),
-            str(fold["epochs"]),
-            number(fold["c_index"]),
-            number(fold["c_index_patient"]),
-            str(fold["best_epoch"]),
-            number(fold["c_index_best_epoch"]),
-            number(fold["c_index_patient_best_epoch"]),
-        )
-        for fold in summary["folds"]
-    ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
-    lines += [
-        "",
-        f"C-index             {_spread(summary['c_index'])} per slide, "
-        f"{_spread(summary['c_index_patient'])} per patient",
-        f"                    {summary['c_index']['rule']}",
-        f"C-index, best epoch {_spread(summary['c_index_best_epoch'])} per slide, "
-        f"{_spread(summary['c_index_patient_best_epoch'])} per patient",
-        f"                    {summary['c_index_best_epoch']['rule']}",
-    ]
-    if summary["reference"]:
-        oracle, single = summary["reference"]["oracle"], summary["reference"]["best_single_scale"]
-        lines.append(
-            f"planted risk        {_spread(oracle)} per patient; "
-            f"best predictor from {single['scale']}x alone {_spread(single)}"
-        )
-    lines += _assessed(summary["assessment"])
-    p = summary["log_rank_p"]
-    lines.append(
-        f"log-rank p          {'n/a' if p is None else f'{p:.2g}'}, patients split at the median risk of their fold"
-    )
-    lines += ["", _limits(summary)]
-    skipped = sum(fold["skipped_steps"] for fold in summary["folds"])
-    if skipped:
-        lines.append(f"{skipped} steps were left out: a loss or gradient was not finite; see metrics.jsonl")
-    return lines
-
-
-def _assessed(found: Mapping[str, Any]) -> list[str]:
-    """Uncertainty, censoring-weighted concordance, and how good the probabilities are; all per patient, last epoch."""
-    c, uno, brier = found["c_index"], found["uno_c"], found["ibs"]
-    lines = [
-        f"95 % interval       {number(c['lower'])} to {number(c['upper'])} per patient, last epoch "
-        f"({found['replicates']:,} bootstrap resamples)",
-        f"Uno's C             {_spread(uno)} per patient, last epoch",
-    ]
-    if brier["mean"] is not None:
-        reference = number(brier["kaplan_meier"])
-        lines.append(f"integrated Brier    {_spread(brier)}; of the training fold's Kaplan-Meier curve {reference}")
-    return lines
-
-
-def _limits(summary: Mapping[str, Any]) -> str:
-    """Whether reading or computing took the time."""
-    share = summary["data_wait_share"]
-    waited = "n/a" if share is None else f"{100 * share:.0f} %"
-    return (
-        f"{summary['slides_per_second']:,.0f} slides/s, {summary['patches_per_second']:,.0f} patches/s, "
-        f"{size_text(summary['bytes_read'])} read; waiting for data {waited} of the time, computing the rest; "
-        f"peak memory {size_text(summary['peak_memory_bytes'])}"
-    )
