@@ -15,10 +15,11 @@ from typing import Any, Final
 import torch
 
 from cfstore import SlideBags, SlideReader
+from cftrain.arrivals import Arrivals
 from cftrain.cache import NO_CACHE, CachePlan
 from cftrain.config import DataConfig
 from cftrain.data import RunData
-from cftrain.device import Arrivals, DeviceSlide, HostMemory, SlideCache, host_memory, on_device, pinned
+from cftrain.device import DeviceSlide, HostMemory, SlideCache, host_memory, on_device, pinned
 from cftrain.examples import Example
 from cftrain.models import BagBatch
 from cftrain.order import Step, Visit

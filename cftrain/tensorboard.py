@@ -6,9 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
+from cftrain.errors import ConfigError
 from cftrain.results import Epoch
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError as error:
+    raise ConfigError("--tensorboard needs its package: pip install 'crossfusion-store[tensorboard]'") from error
 
 OnEpoch = Callable[[int, int, Epoch], None]
 

@@ -38,7 +38,7 @@ FLOORS = {
         {"errors", "memory", "stopping"},
         {"zoo", "cache", "ranks", "examples"},
         {"config", "survival", "models", "device"},
-        {"folds", "checkpoints", "assessment", "report", "compare", "footprint", "estimate"},
+        {"folds", "arrivals", "checkpoints", "assessment", "report", "compare", "footprint", "estimate"},
         {"order", "run_directory", "budget"},
         {"planned"},
         {"data"},

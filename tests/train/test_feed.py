@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import cfstore
+from cftrain.arrivals import Arrivals
 from cftrain.cache import NO_CACHE, CachePlan
 from cftrain.config import DataConfig
 from cftrain.data import load_data
-from cftrain.device import Arrivals
 from cftrain.feed import Feed, cohort_bytes
 from cftrain.order import Schedule, Visit, cohort_places, steps_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from types import SimpleNamespace
 
@@ -147,6 +148,14 @@ def test_a_terminal_shows_every_fold_and_how_long_it_takes_and_a_pipe_shows_plai
         assert ("#" in shown) == live
         assert ("10 % waiting for data" in shown) == live
         assert ("[#######.................]  30 %" in shown) == live
+
+
+def test_tensorboard_without_its_package_says_what_to_install(demo_store, tmp_path):
+    if importlib.util.find_spec("tensorboard"):
+        pytest.skip("tensorboard is installed")
+    done = run(demo_store, "--out", tmp_path / "run", "--tensorboard")
+    assert done.exit_code == 1
+    assert "pip install 'crossfusion-store[tensorboard]'" in done.output
 
 
 def test_tensorboard_events_are_written_where_the_package_is_there(demo_store, tmp_path):
