@@ -161,7 +161,7 @@ def _side_by_side(
     """Groups in processes; what they tell comes through a queue."""
     context = multiprocessing.get_context("spawn")
     queue, asked = context.SimpleQueue(), context.Event()
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(jobs, context, _begin, (queue, asked, threads)) as pool:
         pending = {pool.submit(_in_process, team, specs, clock.elapsed) for specs in groups}
         failed: BaseException | None = None
