@@ -86,7 +86,8 @@ class TrainConfig:
     device has memory for, at most 8,192 on a CPU and 65,536 on a GPU; the number found is written to config.toml."""
     loss: Literal["nll", "ce", "cox"] = "nll"
     """Of discrete-time hazards: negative log-likelihood, or its cross-entropy variant; cox: partial likelihood over
-    the slides of a step, which ranks patients and predicts no survival times."""
+    the slides of a step, which ranks patients and predicts no survival times; take uniform sampling with it, because
+    weighted draws change who is at risk."""
     cosine_epochs: int = 0
     """Half period of the cosine schedule; 0: all epochs, falling once. The paper: 10, falling and rising."""
     final_learning_rate: float = 0.1

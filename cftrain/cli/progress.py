@@ -13,6 +13,7 @@ import click
 
 _MOST_LINES = 12
 _BAR = 24
+_SILENCE_SECONDS = 60
 
 
 class Progress:
@@ -35,7 +36,8 @@ class Progress:
         self._lines: dict[tuple[int, int], str] = {}
         self._beats: dict[tuple[str, ...], Any] = {}
         self._n_learners = 0
-        self._started, self._first_share = time.monotonic(), math.nan
+        self._started = self._said = time.monotonic()
+        self._first_share = math.nan
 
     # -- what the trainer tells --------------------------------------------------------------------
 
@@ -77,6 +79,8 @@ class Progress:
         self._beats[beat.learners] = beat
         if self._live:
             self._draw()
+        elif time.monotonic() - self._said > _SILENCE_SECONDS:
+            self._say(self._total())
 
     def fold(self, run: int, result: Any) -> None:
         """A fold is finished."""
@@ -99,6 +103,7 @@ class Progress:
         return f"{self._labels[run]}  fold {fold}" if self._labels else f"fold {fold}"
 
     def _say(self, text: str) -> None:
+        self._said = time.monotonic()
         self._clear()
         click.echo(text, err=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from cftrain.config import RESUMABLE
 from cftrain.errors import ConfigError, NonFiniteError, RunError
 from cftrain.survival import PatientLevel, patient_level
 
@@ -23,6 +25,12 @@ METRICS: Final = {
     "c_index": ("C-index per slide", "risk"),
     "c_index_patient_best_epoch": ("C-index per patient (mean risk of the patient's slides)", "risk_best_epoch"),
     "c_index_best_epoch": ("C-index per slide", "risk_best_epoch"),
+}
+
+_NO_EXPERIMENT: Final = {
+    *RESUMABLE,
+    *(f"data.{name}" for name in ("cohort", "where", "shards", "encoder", "splits", "folds", "order_seed")),
+    *("train.seed", "train.batch_patches", "model.name"),
 }
 
 
@@ -37,6 +45,8 @@ class Run:
     cohort
         Its name, with the condition that chose its slides, if any.
     model, encoder, preset
+    settings
+        Those of config.toml that make another experiment: not seeds, data, or what changes no number.
     seed
         None where the summary has none.
     synthetic
@@ -54,6 +64,7 @@ class Run:
     model: str
     encoder: str
     preset: str
+    settings: dict[str, str]
     seed: int | None
     synthetic: bool
     folds: tuple[float, ...]
@@ -131,6 +142,7 @@ def read_run(folder: Path, metric: str) -> Run:
             model=str(summary["model"]),
             encoder=str(summary["encoder"]),
             preset=str(summary.get("preset") or ""),
+            settings=_settings(folder / "config.toml"),
             seed=summary.get("seed"),
             synthetic=bool(summary.get("synthetic")),
             folds=tuple(math.nan if value is None else float(value) for value in found["folds"]),
@@ -143,6 +155,20 @@ def read_run(folder: Path, metric: str) -> Run:
     except (OSError, ValueError, TypeError, AttributeError, NonFiniteError, pa.ArrowException) as error:
         msg = f"{folder}: the run cannot be read ({error}); run `cftrain run` again"
         raise RunError(msg) from error
+
+
+def _settings(path: Path) -> dict[str, str]:
+    """The settings of a run that tell it from others of the same model; none where it has no config.toml."""
+    if not path.is_file():
+        return {}
+    sections = tomllib.loads(path.read_text(encoding="utf-8"))
+    flat = {
+        f"{section}.{name}": json.dumps(value).strip('"')
+        for section, values in sections.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    }
+    return {key: value for key, value in flat.items() if key not in _NO_EXPERIMENT}
 
 
 def _rule(summary: dict[str, Any], metric: str) -> str:

@@ -13,8 +13,8 @@ from typing import Any, Final
 from cftrain.compare.table import Cell, Comparison, Row
 
 CSV_COLUMNS: Final = (
-    "model", "encoder", "preset", "cohort", "metric", "mean", "std", "n", "n_undefined", "seeds", "n_patients",
-    "n_events", "place", "p_value", "difference",
+    "model", "encoder", "preset", "settings", "cohort", "metric", "mean", "std", "n", "n_undefined", "seeds",
+    "n_patients", "n_events", "place", "p_value", "difference",
 )  # fmt: skip
 _LATEX: Final = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",

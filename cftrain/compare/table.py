@@ -16,7 +16,7 @@ from cftrain.compare.reading import METRICS, Run, find_runs, read_run
 from cftrain.errors import ConfigError
 from cftrain.survival.resampling import mean_of_defined
 
-Key = tuple[str, str, str]  # model, encoder, preset
+Key = tuple[str, str, str, str]  # model, encoder, preset, settings that differ
 
 _SEEDS: Final = (
     "Several seeds of a model on a cohort are one cell: the mean over seeds of the means over folds, and the standard "
@@ -69,7 +69,9 @@ class Row:
     Parameters
     ----------
     name
-        The model, with encoder and preset where the compared runs differ in them.
+        The model, with encoder, preset and settings where the compared runs differ in them.
+    settings
+        Those in which runs of this model, encoder and preset differ, with this row's values.
     cells
         One per cohort; None where the model was not run.
     mean
@@ -82,6 +84,7 @@ class Row:
     model: str
     encoder: str
     preset: str
+    settings: str
     cells: tuple[Cell | None, ...]
     mean: float
     place: int = 0
@@ -134,15 +137,15 @@ def compare(
     folders = find_runs(runs)
     read = [read_run(folder, metric) for folder in folders]
     cohorts = list(dict.fromkeys(run.cohort for run in read))
-    keys = list(dict.fromkeys(_key(run) for run in read))
-    names = _names(keys)
+    of = _keys(read)
+    names = _names(list(dict.fromkeys(of.values())))
     notes = _notes(read)
     columns = []
     for cohort in cohorts:
         members: dict[str, list[Run]] = {}
         for run in read:
             if run.cohort == cohort:
-                members.setdefault(names[_key(run)], []).append(run)
+                members.setdefault(names[of[run.folder]], []).append(run)
         columns.append(_column(cohort, members, replicates, seed, notes))
     return Comparison(
         metric=metric,
@@ -154,13 +157,24 @@ def compare(
     )
 
 
-def _key(run: Run) -> Key:
-    return run.model, run.encoder, run.preset
+def _keys(runs: Sequence[Run]) -> dict[Path, Key]:
+    """What makes runs one row, by folder: seeds of an experiment, never different experiments."""
+    alike: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        alike.setdefault((run.model, run.encoder, run.preset), []).append(run)
+    keys = {}
+    for key, members in alike.items():
+        known = dict.fromkeys(name for run in members for name in run.settings)
+        differing = [name for name in known if len({run.settings.get(name) for run in members}) > 1]
+        for run in members:
+            own = ", ".join(f"{name}={run.settings[name]}" for name in differing if name in run.settings)
+            keys[run.folder] = (*key, own)
+    return {run.folder: keys[run.folder] for run in runs}
 
 
 def _names(keys: Sequence[Key]) -> dict[Key, str]:
     """A row's name: the model, and what else tells the rows apart."""
-    told = [True, *(len({key[i] for key in keys}) > 1 for i in (1, 2))]
+    told = [True, *(len({key[i] for key in keys}) > 1 for i in (1, 2, 3))]
     return {key: ", ".join(part for part, needed in zip(key, told, strict=True) if needed and part) for key in keys}
 
 
@@ -237,7 +251,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     notes = [f"{cohort} is synthetic." for cohort in invented]
     rules: dict[str, list[str]] = {}
     for run in runs:
-        rules.setdefault(run.rule, []).append(run.folder.name)
+        rules.setdefault(run.rule, []).append("/".join(run.folder.parts[-2:]))
     if len(rules) > 1:
         listed = "; ".join(f"{rule}: {', '.join(names)}" for rule, names in rules.items())
         notes.append(f"The rule differs between runs. {listed}.")

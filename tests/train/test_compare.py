@@ -155,6 +155,25 @@ def test_seeds_of_a_model_are_one_cell_and_the_caption_says_how(tmp_path):
     assert "abmil (3 seeds)" in to_text(found)
 
 
+def test_other_settings_are_another_row_and_never_more_seeds(tmp_path):
+    for seed, sampling in ((1, "weighted"), (2, "weighted"), (3, "uniform")):
+        run = make_run(tmp_path / str(seed), seed=seed)
+        lines = [
+            "[data]",
+            'cache = "ram"',
+            f"order_seed = {seed}",
+            "[train]",
+            f'sampling = "{sampling}"',
+            f"seed = {seed}",
+        ]
+        (run / "config.toml").write_text("\n".join([*lines, "epochs = 20"]) + "\n")
+    found = compare([tmp_path])
+    assert [(row.name, row.settings, row.cells[0].seeds) for row in found.rows] == [
+        ("abmil, train.sampling=weighted", "train.sampling=weighted", (1, 2)),
+        ("abmil, train.sampling=uniform", "train.sampling=uniform", (3,)),
+    ]
+
+
 def test_encoders_and_presets_name_a_row_only_where_they_differ(tmp_path):
     make_run(tmp_path / "1", encoder="uni")
     make_run(tmp_path / "2", encoder="conch")
