@@ -2,8 +2,8 @@
 
     python benchmarks/mean_pool_cox.py --store STORE --cohort GBMLGG --encoder vit4k --scale 20 --out runs/mean-pool
 
-Patients with several slides enter once, with the mean of their slides' means. Prints one JSON object; `--out` also writes
-what `cftrain compare` reads of a run.
+Patients with several slides enter once, with the mean of their slides' means. Prints one JSON object; `--out` also
+writes what `cftrain compare` reads of a run.
 """
 
 from __future__ import annotations

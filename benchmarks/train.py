@@ -9,7 +9,7 @@ epochs, and validate after each epoch.
 
 Two settings, because the answer depends on what limits the run:
 
-- `reading`: gated attention of width 8 on wide features, so that reading is what takes time (the page cache is warm: the
+- `reading`: gated attention of width 8 on wide features, so that reading takes the time (the page cache is warm: the
   best case of the usual way, which reads twice the bytes);
 - `computing`: gated attention of its published width, which takes most of the time.
 
