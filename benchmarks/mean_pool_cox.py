@@ -33,7 +33,8 @@ def patient_means(store: cfstore.Store, cohort: cfstore.Cohort, scale: int) -> p
         mean = reader.read(slide.slide_id).bags[scale].features.astype(np.float64).mean(0)
         rows.append({"patient": slide.patient_id, "time": slide.time_months, "event": slide.event}
                     | {f"f{i}": value for i, value in enumerate(mean)})  # fmt: skip
-    return pd.DataFrame(rows).groupby("patient").mean()
+    grouped = pd.DataFrame(rows).groupby("patient")
+    return grouped.mean().assign(time=grouped.time.first(), event=grouped.event.first())
 
 
 def predicted(table: pd.DataFrame, fold: cfstore.Fold, penalizer: float) -> pd.DataFrame:
