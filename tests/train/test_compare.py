@@ -311,7 +311,8 @@ def test_rules_that_differ_are_listed_and_not_refused(tmp_path):
     make_run(tmp_path / "short", model="a", c_index_patient=metric([0.6, 0.7], "last epoch (5)"))
     make_run(tmp_path / "long", model="b", c_index_patient=metric([0.6, 0.7], "last epoch (50)"))
     found = compare([tmp_path])
-    assert "The rule differs between runs. last epoch (50): long; last epoch (5): short." in found.notes
+    long, short = (f"{tmp_path.name}/{name}" for name in ("long", "short"))
+    assert f"The rule differs between runs. last epoch (50): {long}; last epoch (5): {short}." in found.notes
     assert "Rule: differs between runs, see the notes." in found.caption
 
 
