@@ -34,7 +34,7 @@ from cftrain.learner import CHECKPOINT, make_model
 from cftrain.memory import free_ram
 from cftrain.passes import Beat, Clock
 from cftrain.provenance import collect
-from cftrain.ranks import Ranks, process_group
+from cftrain.ranks import Ranks, process_group, processes_here
 from cftrain.results import Epoch, FoldResult, write_predictions
 from cftrain.stopping import StopRequest, listening
 from cftrain.summary import Effort, total_work, write_summary
@@ -114,20 +114,23 @@ def prepare(
     """
     first = configs[0]
     chosen = choose_device(device)
-    if any(config.data != first.data for config in configs):
-        message = "runs that share their readings need the same [data] settings; run them apart"
+    if any(config.data != first.data or config.order_seed != first.order_seed for config in configs):
+        message = "runs that share their readings need the same [data] settings and data.order_seed; run them apart"
         raise ConfigError(message)
     scales = {config.model.name: make_model(config, feature_dim=2).scales for config in configs}
     data = load_data(store, first.data, scales, first.order_seed)
     nbytes = cohort_bytes(data)
     fused = fuse and first.data.order != "independent"
     jobs = min(jobs, len(data.folds) * len(configs))
-    plan = plan_cache(first.data.cache, cohort_bytes=nbytes, ram_free=free_ram(), gpu_free=free_gpu(chosen), jobs=jobs)
+    sharers = jobs * processes_here()
+    plan = plan_cache(
+        first.data.cache, cohort_bytes=nbytes, ram_free=free_ram(), gpu_free=free_gpu(chosen), jobs=sharers
+    )
     n_parameters = tuple(
         sum(weight.numel() for weight in make_model(config, data.cohort.dim).parameters()) for config in configs
     )
-    kept = plan.gpu_bytes if chosen.type == "cuda" else plan.ram_bytes
-    free = (free_gpu(chosen) or free_ram()) // jobs - kept
+    gpu = free_gpu(chosen)
+    free = free_ram() // sharers - plan.ram_bytes if gpu is None else gpu // jobs - plan.gpu_bytes
     free = max(0, free - _beside_a_step(configs, data, n_parameters, nbytes, jobs, fused))
     fitted = [_fitted(config, data, chosen, free) for config in configs]
     resolved, step_bytes = tuple(config for config, _ in fitted), tuple(nbytes for _, nbytes in fitted)

@@ -13,7 +13,9 @@ from click.testing import CliRunner
 from cfstore.runs import read_runs
 from cftrain.cli import main
 from cftrain.cli.progress import Progress
-from cftrain.errors import RunError
+from cftrain.config import load_config
+from cftrain.errors import ConfigError, RunError
+from cftrain.experiment import prepare
 from cftrain.planned import new_runs, resumed
 
 QUICK = [
@@ -121,6 +123,12 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path):
     assert [config.train.seed for config in both.configs] == [7, 8, 7, 8]
     assert {config.order_seed for config in both.configs} == {7}
     assert [path.name for path in both.outs] == list(both.labels)
+
+
+def test_runs_of_another_order_do_not_share_readings(demo_store, tmp_path):
+    one, other = (load_config(flags={"data.cohort": "DEMO"}, settings=[f"train.seed={seed}"]) for seed in (1, 2))
+    with pytest.raises(ConfigError, match=r"same \[data\] settings and data\.order_seed"):
+        prepare([one, other], demo_store.path, device="cpu")
 
 
 def test_nothing_to_go_on_with_is_said(tmp_path):
