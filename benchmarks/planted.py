@@ -65,7 +65,7 @@ def train(store: Path, model: str, epochs: int, jobs: int, folder: Path) -> dict
         "interval": [summary["assessment"]["c_index"][end] for end in ("lower", "upper")],
         "planted_risk": planted,
         "best_single_scale_predictor": single,
-        "share_of_the_way": (found["mean"] - 0.5) / (planted["mean"] - 0.5),
+        "share_of_the_way": (found["mean"] - 0.5) / (planted["mean"] - 0.5),  # of a planted risk, so not if permuted
         "n_patients": summary["n_patients"],
         "n_events": summary["n_events"],
         "seconds": summary["seconds"],
