@@ -72,7 +72,7 @@ def test_compare_prints_the_runs_mean_and_deviation(run):
         (["--format", "text"], "Model  DEMO"),
         (["--format", "markdown"], "| Model | DEMO |"),
         (["--format", "latex"], "\\begin{table}"),
-        (["--format", "csv"], "model,encoder,preset,cohort"),
+        (["--format", "csv"], "model,encoder,preset,settings,cohort"),
         (["--format", "json"], "{"),
         (["--json"], "{"),
     ],
