@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,15 +30,17 @@ from cftrain.data import RunData, load_data
 from cftrain.device import choose_device, free_gpu
 from cftrain.errors import ConfigError
 from cftrain.feed import cohort_bytes
-from cftrain.learner import CHECKPOINT, make_model
+from cftrain.footprint import blueprint
+from cftrain.learner import CHECKPOINT, build_options
 from cftrain.memory import free_ram
-from cftrain.passes import Beat, Clock
+from cftrain.models import SurvivalModel
+from cftrain.passes import Beat
 from cftrain.provenance import collect
 from cftrain.ranks import Ranks, process_group, processes_here
 from cftrain.results import Epoch, FoldResult, write_predictions
 from cftrain.stopping import StopRequest, listening
 from cftrain.summary import Effort, total_work, write_summary
-from cftrain.teams import Spec, Team, Told, fold_directory, train_teams
+from cftrain.teams import Done, Spec, Team, Told, fold_directory, train_teams
 
 _LEARNER_BYTES = 16
 """Of each parameter: the weight, Adam's two moments, and the weight under validation."""
@@ -117,7 +119,7 @@ def prepare(
     if any(config.data != first.data or config.order_seed != first.order_seed for config in configs):
         message = "runs that share their readings need the same [data] settings and data.order_seed; run them apart"
         raise ConfigError(message)
-    scales = {config.model.name: make_model(config, feature_dim=2).scales for config in configs}
+    scales = {config.model.name: _blueprint(config, feature_dim=2).scales for config in configs}
     data = load_data(store, first.data, scales, first.order_seed)
     nbytes = cohort_bytes(data)
     fused = fuse and first.data.order != "independent"
@@ -127,7 +129,7 @@ def prepare(
         first.data.cache, cohort_bytes=nbytes, ram_free=free_ram(), gpu_free=free_gpu(chosen), jobs=sharers
     )
     n_parameters = tuple(
-        sum(weight.numel() for weight in make_model(config, data.cohort.dim).parameters()) for config in configs
+        sum(weight.numel() for weight in _blueprint(config, data.cohort.dim).parameters()) for config in configs
     )
     gpu = free_gpu(chosen)
     free = free_ram() // sharers - plan.ram_bytes if gpu is None else gpu // jobs - plan.gpu_bytes
@@ -138,6 +140,10 @@ def prepare(
     return Prepared(resolved, data, chosen, plan, n_parameters, of_runs, nbytes, step_bytes, jobs, fused)
 
 
+def _blueprint(config: RunConfig, feature_dim: int) -> SurvivalModel:
+    return blueprint(config.model.name, build_options(config), feature_dim)
+
+
 def _fitted(config: RunConfig, data: RunData, device: torch.device, free: int) -> tuple[RunConfig, int]:
     """`train.batch_patches` as a number, if it is left to us, and the bytes of the largest step.
 
@@ -146,7 +152,7 @@ def _fitted(config: RunConfig, data: RunData, device: torch.device, free: int) -
     ConfigError
         The largest slide does not fit into `free` bytes.
     """
-    options = tuple(sorted({**config.model.options, "n_bins": config.n_outputs}.items()))
+    options = tuple(sorted(build_options(config).items()))
     cost = _cost(config.model.name, options, data.cohort.dim, device.type)
     patches = {example.name: example.n_patches for example in data.examples}
     largest = largest_fits(cost, patches, free)
@@ -268,30 +274,33 @@ def _trained(
         for run, out in enumerate(outs)
         if (out / "summary.json").exists()
     }
-    results: dict[int, list[FoldResult]] = {run: [] for run in range(len(outs))}
-    clock = Clock()
+    folds: dict[int, list[Done]] = {run: [] for run in range(len(outs))}
     teams = [[spec for spec in team if spec.run not in finished] for team in ready.teams()]
     shared = Team(ready.configs, ready.data, tuple(outs), ready.device, ready.cache)
-    told = Told(watch.on_epoch if ranks.first else Watcher().on_epoch, watch.on_beat if ranks.first else _unheard)
-    for done in train_teams(shared, [team for team in teams if team], ready.jobs, ranks, stop, clock, told):
-        results[done.run].append(done.result)
-        if ranks.first:
-            watch.on_fold(done.run, done.result)
-        if len(results[done.run]) == len(ready.data.folds):
-            effort = Effort(clock.elapsed, done.peak_bytes, total_work(results[done.run]))
-            finished[done.run] = _write(ready, done.run, outs[done.run], results[done.run], effort, ranks)
+    heard = watch if ranks.first else Watcher()
+    told = Told(heard.on_epoch, heard.on_beat)
+    trained = train_teams(shared, [team for team in teams if team], ready.jobs, ranks, stop, told)
+    with closing(trained):
+        for done in trained:
+            folds[done.run].append(done)
+            heard.on_fold(done.run, done.result)
+            if len(folds[done.run]) == len(ready.data.folds):
+                finished[done.run] = _write(ready, done.run, outs[done.run], folds[done.run], ranks)
     return [finished[run] for run in range(len(outs))]
 
 
-def _unheard(beat: Beat) -> None:
-    """Nobody listens."""
+def _effort(folds: Sequence[Done]) -> Effort:
+    """What a run took, of all its folds: they finish in any order, and in several processes."""
+    return Effort(
+        seconds=max(done.elapsed for done in folds),
+        peak_bytes=max(done.peak_bytes for done in folds),
+        work=total_work([done.result for done in folds]),
+    )
 
 
-def _write(
-    ready: Prepared, run: int, out: Path, results: Sequence[FoldResult], effort: Effort, ranks: Ranks
-) -> FinishedRun:
+def _write(ready: Prepared, run: int, out: Path, folds: Sequence[Done], ranks: Ranks) -> FinishedRun:
     """The results of a run; its checkpoints are not needed any more."""
-    ordered = sorted(results, key=lambda result: result.examples.number)
+    ordered = sorted((done.result for done in folds), key=lambda result: result.examples.number)
     summary: Mapping[str, Any] = {}
     if ranks.first:
         write_predictions(out, ordered)
@@ -300,7 +309,7 @@ def _write(
             ready.configs[run],
             ready.data,
             ordered,
-            effort,
+            _effort(folds),
             ready.n_parameters[run],
             ready.scales[run],
             ready.device,

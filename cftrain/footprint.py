@@ -1,4 +1,4 @@
-"""Bytes that a training step or an evaluation needs, counted without running it.
+"""Bytes that a training step needs, counted without running it.
 
 Fake tensors have shapes and no data. A model passes over them forwards and backwards, and every storage is followed
 from its making to its end: what is there after the forward is kept for the backward, what is there for a while is
@@ -33,11 +33,11 @@ class Footprint:
     weights: int
     """Parameters, float32."""
     optimiser: int
-    """Gradients and Adam's two moments; 0 in an evaluation."""
+    """Gradients and Adam's two moments."""
     features: int
     """The bags of the batch, of the scales that the model reads."""
     saved: int
-    """Kept by the forward for the backward; 0 in an evaluation."""
+    """Kept by the forward for the backward."""
     transient: int
     """Alive beside all that at the worst moment, between two operations or within one."""
     reserve: int
@@ -69,8 +69,8 @@ def training_footprint(
     On "cuda" it is a step under autocast to bfloat16. Where there is a GPU it is counted with the implementations
     that run on it, elsewhere with the CPU's, which keep up to 9 % more than the kernels.
 
-    First steps and evaluations on a CPU raised the resident memory by 0.62 to 1.00 of the total (abmil and
-    crossfusion, 90 to 810 MiB); Adam's moments come after the worst moment of a first step, and stay. On a GPU the
+    First steps on a CPU raised the resident memory by 0.62 to 1.00 of the total (abmil and crossfusion, 90 to
+    810 MiB); Adam's moments come after the worst moment of a first step, and stay. On a GPU the
     total was not compared with a real step yet.
 
     Parameters
@@ -92,19 +92,6 @@ def training_footprint(
         The model reads a scale of which there is no patch.
     """
     return _Counter(model_name, options, feature_dim, device_type, dtype).training(patches)
-
-
-def evaluation_footprint(
-    model_name: str,
-    options: Mapping[str, object],
-    feature_dim: int,
-    patches: Mapping[int, int],
-    *,
-    device_type: str,
-    dtype: torch.dtype = torch.float32,
-) -> Footprint:
-    """What predicting one slide needs, without gradients: less than its training step. As `training_footprint`."""
-    return _Counter(model_name, options, feature_dim, device_type, dtype).evaluation(patches)
 
 
 class _Counter:
@@ -140,18 +127,6 @@ class _Counter:
             torch.autograd.backward(logits.sum())
             transient = storages.peak - held - features - saved
         return Footprint(weights, 3 * weights, features, saved, transient, RESERVE[self._device_type])
-
-    def evaluation(self, patches: Mapping[int, int]) -> Footprint:
-        """Forward of one slide."""
-        with self._counting() as (storages, model), torch.no_grad():
-            model.eval()
-            weights = storages.now
-            batch = self._batch(patches)
-            features = storages.now - weights
-            with self._autocast():
-                model(batch)
-            transient = storages.peak - weights - features
-        return Footprint(weights, 0, features, 0, transient, RESERVE[self._device_type])
 
     @contextmanager
     def _counting(self) -> Iterator[tuple[_Storages, SurvivalModel]]:

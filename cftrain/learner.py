@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cftrain.checkpoints import read_tensors, save_weights, write_tensors
-from cftrain.config import RunConfig
+from cftrain.config import ModelOption, RunConfig
 from cftrain.data import RunData
 from cftrain.errors import NonFiniteError, RunError
 from cftrain.feed import Work
@@ -50,9 +50,32 @@ class _EpochSoFar:
         return self.loss_sum / self.n_visits if self.n_visits else math.nan
 
 
+def build_options(config: RunConfig) -> dict[str, ModelOption]:
+    """The options that the configured model is built with: its own, and its number of outputs."""
+    return {**config.model.options, "n_bins": config.n_outputs}
+
+
 def make_model(config: RunConfig, feature_dim: int) -> SurvivalModel:
     """The configured model with fresh weights."""
-    return build(config.model.name, feature_dim, **{**config.model.options, "n_bins": config.n_outputs})
+    return build(config.model.name, feature_dim, **build_options(config))
+
+
+def seconds_before(out: Path) -> float:
+    """Seconds that the run had lasted at the checkpoint in a fold's directory `out`; 0 where there is none.
+
+    Raises
+    ------
+    RunError
+        The checkpoint cannot be read.
+    """
+    path = out / CHECKPOINT
+    if not path.exists():
+        return 0.0
+    _, text = read_tensors(path)  # maps the tensors, and reads none
+    try:
+        return float(json.loads(text)["elapsed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _foreign(path, error) from error
 
 
 class Learner:
@@ -260,8 +283,7 @@ class Learner:
         try:
             self._take(json.loads(text), tensors)
         except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
-            message = f"{path}: not a checkpoint of this fold ({error}); remove it to train the fold from its start"
-            raise RunError(message) from error
+            raise _foreign(path, error) from error
         return True
 
     def _take(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -286,6 +308,10 @@ class Learner:
         """Let metrics.jsonl hold the epochs that the checkpoint knows, and no others."""
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "metrics.jsonl").write_text("".join(_line(epoch) for epoch in self.epochs))
+
+
+def _foreign(path: Path, error: Exception) -> RunError:
+    return RunError(f"{path}: not a checkpoint of this fold ({error}); remove it to train the fold from its start")
 
 
 def _line(epoch: Epoch) -> str:

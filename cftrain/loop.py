@@ -175,9 +175,10 @@ def _cox_factors(model: SurvivalModel, task: Task, bags: Bags, labels: _Labels, 
     log hazards are computed first, and each pass is made again for its backward, with the same dropout masks.
     """
     log_hazard = torch.zeros(len(task.visits), dtype=torch.float32, device=losses.device)
+    slices = task.slices()
     with torch.no_grad():
         for index in task.own:
-            log_hazard[task.slices()[index]] = _logits(model, bags(task.packs[index]), task.seeds[index])[:, 0].float()
+            log_hazard[slices[index]] = _logits(model, bags(task.packs[index]), task.seeds[index])[:, 0].float()
     ranks.sum_(log_hazard)
     log_hazard.requires_grad_()
     loss = cox_loss(log_hazard, labels.time_months, labels.event, reduction="mean")

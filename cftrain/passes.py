@@ -32,7 +32,10 @@ class Beat:
 
 @dataclass
 class Clock:
-    """Seconds that a run has lasted, those before it was stopped included."""
+    """Seconds that a run has lasted, those before it was stopped included.
+
+    It goes on in other processes that it is sent to: the monotonic clock is the machine's.
+    """
 
     before: float = 0.0
     started: float = 0.0

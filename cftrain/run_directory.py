@@ -46,9 +46,11 @@ def go_on(out: Path, config: RunConfig, provenance: Mapping[str, Any]) -> None:
     Raises
     ------
     RunError
-        Settings or data differ from those it was begun with, or its files cannot be read.
+        Settings or data differ from those it was begun with, or provenance.json cannot be read.
+    ConfigError
+        config.toml cannot be read.
     """
-    differing = [key for key in differences(stored_config(out), config) if key not in RESUMABLE]
+    differing = [key for key in differences(load_config(file=out / "config.toml"), config) if key not in RESUMABLE]
     if differing:
         message = f"{out}: was begun with another {', '.join(differing)}; leave that out, or begin a run with --out"
         raise RunError(message)
@@ -62,20 +64,6 @@ def go_on(out: Path, config: RunConfig, provenance: Mapping[str, Any]) -> None:
         out / "provenance.json",
         json.dumps({**before, "resumed": [*before.get("resumed", []), resumed]}, indent=2) + "\n",
     )
-
-
-def stored_config(out: Path) -> RunConfig:
-    """The settings that a run was begun with.
-
-    Raises
-    ------
-    RunError
-        There is no run.
-    """
-    if not begun(out):
-        message = f"{out}: no run to go on with (no config.toml); begin one with `cftrain run --out {out}`"
-        raise RunError(message)
-    return load_config(file=out / "config.toml")
 
 
 def stored_provenance(out: Path) -> dict[str, Any]:

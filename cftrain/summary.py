@@ -122,7 +122,7 @@ def total_work(results: Sequence[FoldResult]) -> Work:
 
 @dataclass(frozen=True)
 class Effort:
-    """What a run took: wall time, the most memory in use at once, and what its feeds delivered."""
+    """What a run took: wall time, the most memory that one of its processes used, and what its feeds delivered."""
 
     seconds: float
     peak_bytes: int

@@ -7,8 +7,8 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from cftrain.data import RunData
 from cftrain.device import make_deterministic
 from cftrain.errors import RunError, StoppedError
 from cftrain.feed import Feed
-from cftrain.learner import Learner
+from cftrain.learner import Learner, seconds_before
 from cftrain.passes import Beat, Clock, Group, stopped, train
 from cftrain.ranks import ALONE, Ranks
 from cftrain.results import Epoch, FoldResult
@@ -58,10 +58,19 @@ class Told:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished learner, and the most memory that its process has used so far."""
+    """A finished learner.
+
+    Parameters
+    ----------
+    elapsed
+        Seconds that the run had lasted when it was finished.
+    peak_bytes
+        The most memory that its process has used so far.
+    """
 
     run: int
     result: FoldResult
+    elapsed: float
     peak_bytes: int
 
 
@@ -76,16 +85,19 @@ def train_teams(
     jobs: int,
     ranks: Ranks,
     stop: StopRequest,
-    clock: Clock,
     told: Told,
-) -> Iterator[Done]:
-    """Train all groups; yields learners as they finish.
+) -> Generator[Done, None, None]:
+    """Train all groups; yields learners as they finish. Closed early, it asks other processes to stop, and waits.
 
     Raises
     ------
     StoppedError, NonFiniteError
         See `passes.train`; other processes write their checkpoints before it is raised.
+    RunError
+        A checkpoint cannot be read.
     """
+    begun = (seconds_before(fold_directory(team.outs[spec.run], spec.fold)) for specs in groups for spec in specs)
+    clock = Clock(max(begun, default=0.0))
     if jobs == 1 or len(groups) < 2:
         feed = _feed(team)
         for specs in groups:
@@ -106,7 +118,6 @@ def _train_group(
     learners = {_learner(team, spec): spec for spec in specs}
     for learner in learners:
         learner.restore()
-        clock.before = max(clock.before, learner.elapsed)
         if ranks.first:
             learner.rewrite_log()
     ranks.barrier()
@@ -120,7 +131,7 @@ def _train_group(
         on_beat=told.on_beat,
     )
     for learner in train(group):
-        yield Done(learners[learner].run, learner.result(), peak_bytes(team.device))
+        yield Done(learners[learner].run, learner.result(), learner.elapsed, peak_bytes(team.device))
 
 
 def _learner(team: Team, spec: Spec) -> Learner:
@@ -163,21 +174,25 @@ def _side_by_side(
     queue, asked = context.SimpleQueue(), context.Event()
     threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(jobs, context, _begin, (queue, asked, threads)) as pool:
-        pending = {pool.submit(_in_process, team, specs, clock.elapsed) for specs in groups}
+        pending = {pool.submit(_in_process, team, specs, clock) for specs in groups}
         failed: BaseException | None = None
-        while pending:
-            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-            while not queue.empty():
-                _tell(told, *queue.get())
-            if stop:
-                asked.set()
-            for future in done:
-                error = future.exception()
-                if error is None:
-                    yield from future.result()
-                else:
-                    failed = failed or error
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not queue.empty():
+                    _tell(told, *queue.get())
+                if stop:
                     asked.set()
+                for future in done:
+                    error = future.exception()
+                    if error is None:
+                        yield from future.result()
+                    else:
+                        failed = failed or error
+                        asked.set()
+        finally:
+            asked.set()
+            _let_end(pending, queue)
     if isinstance(failed, BrokenProcessPool):
         message = "a worker process died (killed, or out of memory); go on with --resume, and fewer --jobs"
         raise RunError(message) from failed
@@ -187,11 +202,21 @@ def _side_by_side(
         raise failed
 
 
+def _let_end(pending: Collection[Future[list[Done]]], queue: Any) -> None:
+    """Wait for workers that were asked to stop; what they tell is taken unheard, for a full queue would hold them."""
+    for future in pending:
+        future.cancel()
+    while not all(future.done() for future in pending):
+        wait(pending, timeout=0.2)
+        while not queue.empty():
+            queue.get()
+
+
 def _tell(told: Told, what: str, *words: Any) -> None:
     (told.on_epoch if what == "epoch" else told.on_beat)(*words)
 
 
-def _in_process(team: Team, specs: Sequence[Spec], elapsed: float) -> list[Done]:
+def _in_process(team: Team, specs: Sequence[Spec], clock: Clock) -> list[Done]:
     told = Told(lambda *words: _told.put(("epoch", *words)), lambda beat: _told.put(("beat", beat)))
     with listening(lambda: signal.SIGTERM if _asked.is_set() else None) as stop:
-        return list(_train_group(team, specs, _feed(team), ALONE, stop, Clock(elapsed), told))
+        return list(_train_group(team, specs, _feed(team), ALONE, stop, clock, told))

@@ -100,48 +100,8 @@ def bootstrap_c_index(
     ShapeError
         The inputs disagree on N or are empty, or `event` is not bool.
     """
-    risks = np.asarray(risk)[None]
-    return np.asarray(fold_bootstrap_c_index(time_months, event, risks, replicates=replicates, seed=seed)[0])
-
-
-def fold_bootstrap_c_index(
-    time_months: ArrayLike,
-    event: ArrayLike,
-    risks: ArrayLike,
-    fold: ArrayLike | None = None,
-    *,
-    replicates: int = 1000,
-    seed: int = 0,
-) -> Floats:
-    """Mean over folds of Harrell's C, of several risks on the same resamples: [M, replicates].
-
-    Patients are drawn within their fold, and only patients of one fold are compared: risks of different folds come
-    from different models and share no scale. A fold that does not define C in a resample does not enter its mean;
-    NaN where none does.
-
-    Parameters
-    ----------
-    time_months, event
-        As for `bootstrap_c_index`.
-    risks : [M, N]
-        M risks for each patient, higher = worse.
-    fold : [N], optional
-        The fold of each patient; without it all are in one.
-    replicates, seed
-        As for `bootstrap_c_index`.
-
-    Raises
-    ------
-    ConfigError, NonFiniteError, ShapeError
-        As for `bootstrap_c_index`.
-    """
-    times, happened, columns, folds = _rows(time_months, event, risks, fold)
-    generator = np.random.default_rng(seed)
-    per_fold = []
-    for own in _members(folds):
-        weights = bootstrap_weights(int(own.sum()), replicates, generator)
-        per_fold.append(_weighted_c(times[own], happened[own], columns[:, own], weights))
-    return mean_of_defined(np.stack(per_fold))
+    times, happened, risks = _rows(time_months, event, np.asarray(risk)[None])
+    return np.asarray(_weighted_c(times, happened, risks, bootstrap_weights(times.size, replicates, seed))[0])
 
 
 def weighted_c_index(time_months: ArrayLike, event: ArrayLike, risks: ArrayLike, weights: ArrayLike) -> Floats:
@@ -161,7 +121,7 @@ def weighted_c_index(time_months: ArrayLike, event: ArrayLike, risks: ArrayLike,
     NonFiniteError, ShapeError
         As for `bootstrap_c_index`.
     """
-    times, happened, columns, _ = _rows(time_months, event, risks, None)
+    times, happened, columns = _rows(time_months, event, risks)
     counts = np.asarray(weights, dtype=np.float64)
     if counts.ndim != 2 or counts.shape[1] != times.size:
         msg = f"weights are {counts.shape} for {times.size} patients: give [resamples, patients]"
@@ -202,48 +162,6 @@ def percentile_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, 
         return math.nan, math.nan
     lower, upper = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
     return float(lower), float(upper)
-
-
-def paired_bootstrap(
-    time_months: ArrayLike,
-    event: ArrayLike,
-    risk_a: ArrayLike,
-    risk_b: ArrayLike,
-    fold: ArrayLike | None = None,
-    *,
-    replicates: int = 1000,
-    seed: int = 0,
-) -> PairedBootstrap:
-    """Compare two risks of the same patients: the difference of their C-indices on the same resamples.
-
-    With folds, the difference of the two means over folds; patients are drawn within their fold, see
-    `fold_bootstrap_c_index`.
-
-    Parameters
-    ----------
-    time_months, event
-        As for `bootstrap_c_index`.
-    risk_a, risk_b : [N]
-        Higher = worse.
-    fold : [N], optional
-        The fold of each patient; without it all are in one.
-    replicates, seed
-        As for `bootstrap_c_index`.
-
-    Raises
-    ------
-    ConfigError, NonFiniteError, ShapeError
-        As for `bootstrap_c_index`.
-    """
-    a, b = np.asarray(risk_a, dtype=np.float64), np.asarray(risk_b, dtype=np.float64)
-    if a.shape != b.shape:
-        msg = f"risk_a is {a.shape}, risk_b {b.shape}: give two risks of the same patients"
-        raise ShapeError(msg)
-    times, happened, columns, folds = _rows(time_months, event, np.stack([a, b]), fold)
-    resampled = fold_bootstrap_c_index(times, happened, columns, folds, replicates=replicates, seed=seed)
-    seen = [[c_index(times[own], happened[own], risk[own]) for risk in columns] for own in _members(folds)]
-    observed = mean_of_defined(np.asarray(seen))
-    return paired_test(float(observed[0] - observed[1]), resampled[0] - resampled[1])
 
 
 def paired_test(difference: float, resampled: ArrayLike) -> PairedBootstrap:
@@ -291,23 +209,16 @@ def mean_of_defined(values: Floats) -> Floats:
     return np.asarray(np.divide(total, count, out=np.full(total.shape, math.nan), where=count > 0))
 
 
-def _members(folds: NDArray[np.int64]) -> list[NDArray[np.bool_]]:
-    return [folds == number for number in np.unique(folds)]
-
-
-def _rows(
-    time_months: ArrayLike, event: ArrayLike, risks: ArrayLike, fold: ArrayLike | None
-) -> tuple[Floats, NDArray[np.bool_], Floats, NDArray[np.int64]]:
+def _rows(time_months: ArrayLike, event: ArrayLike, risks: ArrayLike) -> tuple[Floats, NDArray[np.bool_], Floats]:
     """Rows as arrays; `c_index` refuses columns that do not fit."""
     times, happened = np.asarray(time_months, dtype=np.float64), np.asarray(event)
     columns = np.asarray(risks, dtype=np.float64)
-    folds = np.zeros(times.shape, dtype=np.int64) if fold is None else np.asarray(fold)
-    if columns.ndim != 2 or folds.shape != times.shape:
-        msg = f"time_months is {times.shape}, risks {columns.shape}, fold {folds.shape}: give one of each per patient"
+    if columns.ndim != 2:
+        msg = f"time_months is {times.shape}, risks {columns.shape}: give [risks, patients]"
         raise ShapeError(msg)
     if not columns.size:
         msg = "no rows: give at least one patient and one risk"
         raise ShapeError(msg)
     for risk in columns:
         c_index(times, happened, risk)
-    return times, happened, columns, folds
+    return times, happened, columns

@@ -13,7 +13,7 @@ import torch
 
 from cfkernels import using
 from cftrain.errors import ConfigError, MissingScaleError, UnknownModelError
-from cftrain.footprint import RESERVE, evaluation_footprint, training_footprint
+from cftrain.footprint import RESERVE, training_footprint
 from cftrain.models import BagBatch, build
 from cftrain.survival.losses import nll_survival
 
@@ -85,16 +85,6 @@ def test_the_worst_moment_of_gated_attention_is_what_a_pencil_says():
     assert 2 * 4 * n * hidden <= found.transient < 3 * 4 * n * hidden
 
 
-@pytest.mark.parametrize(("name", "options"), MODELS)
-def test_an_evaluation_needs_less_than_a_step(name, options):
-    step, evaluation = (
-        count(name, options, 1024, LARGEST, device_type="cpu") for count in (training_footprint, evaluation_footprint)
-    )
-    assert evaluation.optimiser == evaluation.saved == 0
-    assert (evaluation.weights, evaluation.features) == (step.weights, step.features)
-    assert evaluation.weights + evaluation.features < evaluation.total < step.total
-
-
 def test_half_features_cost_half_and_a_copy_on_a_cpu():
     """A CPU computes in float32, so stored halves are there twice: as they are, and converted."""
     patches = {20: 5000}
@@ -141,7 +131,6 @@ def test_counting_leaves_no_trace():
     before = model(batch).logits
     torch.manual_seed(5)
     training_footprint("crossfusion", {"embed_dim": 16}, DIM, patches, device_type="cpu")
-    evaluation_footprint("crossfusion", {"embed_dim": 16}, DIM, patches, device_type="cpu")
     assert torch.equal(model(batch).logits, before)
 
 
@@ -179,17 +168,15 @@ def resident(field):
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 def step(patches):
-    model = build(name, 1024, **options).train(training)
+    model = build(name, 1024, **options).train()
     optimizer = torch.optim.Adam(model.parameters())
     bags = {scale: torch.randn(patches[str(scale)], 1024) for scale in model.scales}
-    with torch.set_grad_enabled(training):
-        logits = model(BagBatch.pack(["slide"], [bags])).logits
-    if training:
-        nll_survival(logits, torch.tensor([1]), torch.tensor([True])).backward()
-        optimizer.step()
+    logits = model(BagBatch.pack(["slide"], [bags])).logits
+    nll_survival(logits, torch.tensor([1]), torch.tensor([True])).backward()
+    optimizer.step()
 
 torch.set_num_threads(1)
-name, options, patches, training = json.loads(sys.argv[1])
+name, options, patches = json.loads(sys.argv[1])
 step({"5": 2, "10": 5, "20": 9})  # loads libraries
 before = resident("VmRSS")
 step(patches)
@@ -200,28 +187,25 @@ print(resident("VmHWM") - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 @pytest.mark.parametrize(
-    ("name", "options", "n", "training"),
+    ("name", "options", "n"),
     [
-        ("abmil", {}, 2000, True),
-        ("abmil", {}, 4000, True),
-        ("abmil", {}, 16000, True),
-        ("abmil", {}, 16000, False),
-        ("crossfusion", {"embed_dim": 64}, 1024, True),
-        ("crossfusion", {"embed_dim": 64}, 2500, True),
-        ("crossfusion", {"embed_dim": 64}, 5000, True),
-        ("crossfusion", {"embed_dim": 64}, 5000, False),
-        ("crossfusion", {}, 1024, True),
+        ("abmil", {}, 2000),
+        ("abmil", {}, 4000),
+        ("abmil", {}, 16000),
+        ("crossfusion", {"embed_dim": 64}, 1024),
+        ("crossfusion", {"embed_dim": 64}, 2500),
+        ("crossfusion", {"embed_dim": 64}, 5000),
+        ("crossfusion", {}, 1024),
     ],
 )
-def test_a_real_pass_on_a_cpu_rises_as_high_as_was_counted(name, options, n, training):
+def test_a_real_step_on_a_cpu_rises_as_high_as_was_counted(name, options, n):
     patches = {5: n // 4, 10: n, 20: 4 * n}
     done = subprocess.run(
-        [sys.executable, "-c", STEP, json.dumps([name, options, patches, training])],
+        [sys.executable, "-c", STEP, json.dumps([name, options, patches])],
         capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     used = int(done.stdout)
-    count = training_footprint if training else evaluation_footprint
-    counted = count(name, options, 1024, patches, device_type="cpu").total
+    counted = training_footprint(name, options, 1024, patches, device_type="cpu").total
     assert counted / 2 < used < 1.15 * counted, f"{used / 2**20:.0f} MiB used, {counted / 2**20:.0f} counted"
 
 

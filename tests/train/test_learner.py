@@ -6,6 +6,7 @@ import json
 
 import h5py
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -64,8 +65,6 @@ def test_a_stopped_run_can_go_on_leaving_such_steps_out(demo_store, poison, tmp_
 
 
 def _validated(out):
-    import pyarrow.parquet as pq
-
     return pq.read_table(out / "predictions.parquet").to_pylist()
 
 

@@ -12,8 +12,7 @@ from cftrain.errors import ConfigError, NonFiniteError, ShapeError
 from cftrain.survival.resampling import (
     bootstrap_c_index,
     bootstrap_weights,
-    fold_bootstrap_c_index,
-    paired_bootstrap,
+    mean_of_defined,
     paired_test,
     percentile_interval,
     weighted_c_index,
@@ -109,32 +108,9 @@ def test_a_cohort_without_a_death_defines_nothing():
     assert np.isnan(bootstrap_c_index([1.0, 2.0], np.zeros(2, dtype=bool), [1.0, 2.0], replicates=5)).all()
 
 
-def test_folds_are_resampled_and_compared_each_for_itself():
-    time, event, risk = cohort(90, seed=6)
-    fold = np.arange(90) % 3
-    shifted = risk + 100 * fold  # another scale in every fold
-    found = fold_bootstrap_c_index(time, event, [risk, shifted], fold, replicates=30, seed=8)
-    generator = np.random.default_rng(8)
-    per_fold = []
-    for own in (fold == 0, fold == 1, fold == 2):
-        weights = bootstrap_weights(30, 30, generator)
-        per_fold.append(
-            [
-                lifelines_c(copied(time[own], drawn), copied(event[own], drawn), copied(risk[own], drawn))
-                for drawn in weights
-            ]
-        )
-    np.testing.assert_allclose(found[0], np.mean(per_fold, axis=0), rtol=1e-15)
-    np.testing.assert_array_equal(found[0], found[1])
-
-
-def test_a_fold_that_defines_no_concordance_does_not_enter_the_mean():
-    time, event, risk = cohort(40, seed=3)
-    fold = np.arange(40) % 2
-    event[fold == 1] = False
-    found = fold_bootstrap_c_index(time, event, [risk], fold, replicates=10, seed=4)[0]
-    own = fold == 0
-    np.testing.assert_array_equal(found, bootstrap_c_index(time[own], event[own], risk[own], replicates=10, seed=4))
+def test_what_is_not_defined_does_not_enter_a_mean():
+    found = mean_of_defined(np.array([[0.5, math.nan, math.nan], [0.75, 0.25, math.nan]]))
+    np.testing.assert_array_equal(found, [0.625, 0.25, math.nan])
 
 
 # ---- intervals ----
@@ -177,33 +153,33 @@ def test_the_interval_covers_the_true_concordance_about_as_often_as_it_says():
 # ---- two risks ----
 
 
+def compared(time, event, risk, other, replicates):
+    """The test of the first risk minus the second, on the same resamples of all patients."""
+    weights = np.concatenate([np.ones((1, len(time))), bootstrap_weights(len(time), replicates, seed=0)])
+    found = weighted_c_index(time, event, [risk, other], weights)
+    less = found[0] - found[1]
+    return paired_test(float(less[0]), less[1:])
+
+
 def test_identical_risks_have_p_one():
     time, event, risk = cohort(60, seed=1)
-    test = paired_bootstrap(time, event, risk, risk, replicates=200)
+    test = compared(time, event, risk, risk, replicates=200)
     assert (test.difference, test.lower, test.upper, test.p_value) == (0, 0, 0, 1)
 
 
-def test_the_difference_is_that_of_lifelines_with_and_without_folds():
+def test_the_difference_is_that_of_lifelines():
     time, event, risk = cohort(120, seed=2)
     other = np.random.default_rng(0).normal(size=120)
-    fold = np.arange(120) % 4
-    whole = paired_bootstrap(time, event, risk, other, replicates=50)
-    assert whole.difference == lifelines_c(time, event, risk) - lifelines_c(time, event, other)
-    within = [
-        lifelines_c(time[own], event[own], risk[own]) - lifelines_c(time[own], event[own], other[own])
-        for own in (fold == k for k in range(4))
-    ]
-    test = paired_bootstrap(time, event, risk, other, fold, replicates=50)
-    assert test.difference == pytest.approx(np.mean(within), abs=1e-15)
+    test = compared(time, event, risk, other, replicates=50)
+    assert test.difference == lifelines_c(time, event, risk) - lifelines_c(time, event, other)
     assert test.lower < test.difference < test.upper
 
 
-@pytest.mark.parametrize("fold", [None, np.arange(200) % 5], ids=["one-fold", "five-folds"])
-def test_a_clearly_better_risk_has_a_small_p_whichever_comes_first(fold):
+def test_a_clearly_better_risk_has_a_small_p_whichever_comes_first():
     time, event, _ = cohort(200, seed=4)
     good, noise = -time, np.random.default_rng(1).normal(size=200)
-    test = paired_bootstrap(time, event, good, noise, fold, replicates=999)
-    swapped = paired_bootstrap(time, event, noise, good, fold, replicates=999)
+    test = compared(time, event, good, noise, replicates=999)
+    swapped = compared(time, event, noise, good, replicates=999)
     assert test.p_value == swapped.p_value == 2 / 1000
     assert test.lower > 0.2
     assert (swapped.difference, swapped.lower) == (-test.difference, pytest.approx(-test.upper))
@@ -214,7 +190,7 @@ def test_two_equally_good_risks_rarely_differ():
     for seed in range(200):
         rng = np.random.default_rng([seed, 1])
         time, event, _ = simulated(60, seed)
-        small += paired_bootstrap(time, event, rng.normal(size=60), rng.normal(size=60), replicates=200).p_value < 0.05
+        small += compared(time, event, rng.normal(size=60), rng.normal(size=60), replicates=200).p_value < 0.05
     assert small / 200 <= 0.11  # nominal 0.05; four standard errors are 0.06
 
 
@@ -226,7 +202,7 @@ def test_the_p_value_is_counted_as_written_down():
 
 
 def test_undefined_differences_have_no_p_value():
-    test = paired_bootstrap([1.0, 2.0], np.zeros(2, dtype=bool), [1.0, 2.0], [2.0, 1.0], replicates=20)
+    test = compared([1.0, 2.0], np.zeros(2, dtype=bool), [1.0, 2.0], [2.0, 1.0], replicates=20)
     assert test.n_resamples == 0
     assert all(math.isnan(value) for value in (test.difference, test.lower, test.upper, test.p_value))
 
@@ -240,10 +216,8 @@ def test_columns_that_do_not_fit_are_refused():
         bootstrap_c_index(time, event, risk[:4])
     with pytest.raises(ShapeError, match="give bool"):
         bootstrap_c_index(time, event.astype(float), risk)
-    with pytest.raises(ShapeError, match="same patients"):
-        paired_bootstrap(time, event, risk, risk[:4])
-    with pytest.raises(ShapeError, match="per patient"):
-        paired_bootstrap(time, event, risk, risk, fold=[0, 1])
+    with pytest.raises(ShapeError, match="risks, patients"):
+        weighted_c_index(time, event, risk, np.ones((1, 5)))
     with pytest.raises(ShapeError, match="no rows"):
         bootstrap_c_index([], np.zeros(0, dtype=bool), [])
 

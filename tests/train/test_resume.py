@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +20,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cftrain.checkpoints import read_tensors, write_tensors
 from cftrain.config import load_config
 from cftrain.errors import RunError, StoppedError
 from cftrain.experiment import Watcher, cross_validate
 from cftrain.run_directory import held
+from cftrain.teams import _let_end, train_teams
 
 SETTINGS = [
     "train.epochs=3",
@@ -197,6 +203,90 @@ def test_a_signal_writes_the_checkpoints_and_ends_the_run(uninterrupted, demo_st
     assert signal.getsignal(signal.SIGUSR1) is before
     cross_validate(config(), demo_store.path, out, device="cpu", resume=True)  # another checkpoint_minutes is no matter
     assert_equal_runs(uninterrupted, out)
+
+
+# -- what a run took ---------------------------------------------------------------------------------
+
+
+def heard(monkeypatch, change=lambda done: done):
+    """Every learner that a run is told of from now on, after `change`."""
+    told = []
+
+    def train(*given):
+        for done in train_teams(*given):
+            told.append(change(done))
+            yield told[-1]
+
+    monkeypatch.setattr("cftrain.experiment.train_teams", train)
+    return told
+
+
+def test_a_run_took_as_long_as_its_latest_fold_and_as_much_memory_as_its_largest_process(
+    demo_store, tmp_path, monkeypatch
+):
+    seconds, peaks = (20.0, 50.0, 10.0, 40.0, 30.0), (5, 3, 9, 4, 1)
+
+    def change(done):
+        fold = done.result.examples.number
+        return replace(done, elapsed=seconds[fold], peak_bytes=peaks[fold])
+
+    heard(monkeypatch, change)
+    summary = cross_validate(config(), demo_store.path, tmp_path / "run", device="cpu").summary
+    assert (summary["seconds"], summary["peak_memory_bytes"]) == (50.0, 9)
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_time_before_a_stop_counts_for_every_fold_that_is_trained_after_it(demo_store, tmp_path, monkeypatch, jobs):
+    out = tmp_path / "run"
+    with pytest.raises(_StopError):
+        cross_validate(config(), demo_store.path, out, device="cpu", fuse=False, watch=cut_at(30, monkeypatch))
+    tensors, text = read_tensors(out / "fold_0" / "checkpoint.safetensors")
+    write_tensors(out / "fold_0" / "checkpoint.safetensors", tensors, json.dumps({**json.loads(text), "elapsed": 1000}))
+    assert json.loads(text)["finished"]
+    told = heard(monkeypatch)
+    started = time.monotonic()
+    summary = cross_validate(config(), demo_store.path, out, device="cpu", fuse=False, jobs=jobs, resume=True).summary
+    session = time.monotonic() - started
+    elapsed = {done.result.examples.number: done.elapsed for done in told}
+    assert elapsed.pop(0) == 1000
+    assert len(elapsed) == 4
+    assert all(1000 < each < 1000 + session for each in elapsed.values())
+    assert summary["seconds"] == max(elapsed.values())
+
+
+@pytest.mark.slow
+def test_folds_side_by_side_end_with_checkpoints_when_nobody_listens_any_more(demo_store, tmp_path):
+    """Whoever is told of an epoch raises; the other processes would train for hours."""
+
+    def leave(run, fold, epoch):
+        raise _StopError
+
+    out, long = tmp_path / "run", config("train.epochs=5000")
+    with pytest.raises(_StopError):
+        cross_validate(long, demo_store.path, out, device="cpu", jobs=2, watch=Watcher(on_epoch=leave))
+    assert not multiprocessing.active_children()
+    states = [json.loads(read_tensors(path)[1]) for path in list_checkpoints(out)]
+    assert states
+    assert not any(state["finished"] for state in states)
+
+
+def test_a_worker_whose_words_nobody_takes_is_not_waited_for_in_vain():
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    busy, waits = Future(), Future()
+    busy.set_running_or_notify_cancel()
+
+    def work():
+        for _ in range(1000):
+            queue.put(b"." * 1000)  # a pipe holds 64 KiB
+        busy.set_result([])
+
+    ending = threading.Thread(target=_let_end, args=({busy, waits}, queue), daemon=True)
+    threading.Thread(target=work, daemon=True).start()
+    ending.start()
+    ending.join(timeout=60)
+    assert not ending.is_alive()
+    assert busy.result(timeout=0) == []
+    assert waits.cancelled()
 
 
 # -- the command, killed for real --------------------------------------------------------------------
