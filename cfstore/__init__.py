@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from cfstore.alignment import Alignment, align, children_of, patch_edge
 from cfstore.cohort import Cohort, CohortSlide
 from cfstore.errors import (
     ClinicalError,
@@ -39,6 +40,7 @@ from cfstore.types import SCALES, Bag, SlideBags
 
 __all__ = [
     "SCALES",
+    "Alignment",
     "Bag",
     "ClinicalError",
     "Cohort",
@@ -67,8 +69,11 @@ __all__ = [
     "StoreFormatError",
     "StoreNotFoundError",
     "UnreadableFileError",
+    "align",
+    "children_of",
     "make_folds",
     "open",
     "open_tars",
+    "patch_edge",
     "plan_ingest",
 ]

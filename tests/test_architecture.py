@@ -16,7 +16,7 @@ PACKAGES = {"cfstore": ROOT / "cfstore", "cftrain": ROOT / "cftrain", "cfkernels
 FLOORS = {
     "cfstore": [
         {"errors", "types", "render"},
-        {"names", "schema", "digests", "halves", "ring", "codecs", "processes"},
+        {"names", "schema", "digests", "halves", "ring", "codecs", "processes", "alignment"},
         {"convert"},
         {"parsers.sources", "parsers.row_runs", "parsers.chunk_tree", "shards.records", "shards.files"},
         {"parsers.hdf5", "parsers.torch_file", "shards.packed", "shards.members"},
@@ -49,6 +49,7 @@ FLOORS = {
         {"passes"},
         {"teams"},
         {"experiment", "prediction", "tensorboard"},
+        {"heatmap"},
         {"forecast"},
         {"cli"},
         {"__main__"},
