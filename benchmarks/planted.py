@@ -13,6 +13,7 @@ the patients, so that nothing can be learnt.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import sys
@@ -83,8 +84,9 @@ def main() -> None:
     parser.add_argument("--models", default="crossfusion,abmil")
     parser.add_argument("--permute", action="store_true", help="labels dealt out anew")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--keep", type=Path, help="new folder for the cohort and the runs, for planted_maps.py")
     told = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
+    with contextlib.nullcontext(told.keep) if told.keep else tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         synthesize(folder / "h5", slides=told.slides, patches=told.patches, dim=told.dim, seed=told.seed)
         if told.permute:

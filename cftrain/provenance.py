@@ -97,10 +97,8 @@ def _kernels(model: ModelConfig, device: torch.device) -> dict[str, dict[str, st
     return {"kernels": {row.op: row.implementation for row in found.rows}}
 
 
-def collect(
-    data: RunData, config: RunConfig, device: torch.device, command: Sequence[str], config_toml: str
-) -> dict[str, Any]:
-    """Everything a reader needs to repeat or doubt the run."""
+def this_process(device: torch.device, command: Sequence[str]) -> dict[str, Any]:
+    """When, with which command, versions, commit and on what machine this is computed."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -109,9 +107,18 @@ def collect(
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "device": device_name(device),
-        **_kernels(config.model, device),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
+    }
+
+
+def collect(
+    data: RunData, config: RunConfig, device: torch.device, command: Sequence[str], config_toml: str
+) -> dict[str, Any]:
+    """Everything a reader needs to repeat or doubt the run."""
+    return {
+        **this_process(device, command),
+        **_kernels(config.model, device),
         **_origin(data, config.data.where, config.data.shards),
         "data_digest": _data_digest(data),
         "splits": data.splits.name,

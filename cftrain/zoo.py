@@ -83,6 +83,24 @@ class ModelInfo:
     """One line."""
     options: type[Options]
     """A frozen dataclass; its fields are the options of `build`."""
+    maps: Mapping[str, str]
+    """Name to meaning, one sentence: what `SurvivalModel.patch_maps` returns."""
+
+
+_SOURCE_MAP = (
+    "Attention that a {} patch receives in the last block of the source Pad-Transformer, mean over queries and heads."
+)
+_FUSED_MAP = (
+    "Attention that a {} patch's place receives from the class token in the last block of the final transformer, mean "
+    "over heads."
+)
+_CROSS_MAP = "Attention that a {} patch receives from the 10x patches in cross-attention, mean over queries and heads."
+_THREE_SCALE_MAPS = {
+    "coarse-cross": _CROSS_MAP.format("5x"),
+    "fine-cross": _CROSS_MAP.format("20x"),
+    "source": _SOURCE_MAP.format("10x"),
+    "fused": _FUSED_MAP.format("10x"),
+}
 
 
 MODELS: Mapping[str, ModelInfo] = {
@@ -94,6 +112,7 @@ MODELS: Mapping[str, ModelInfo] = {
             reference="Ilse et al. 2018, arXiv:1802.04712; AMIL of RustinS/CrossFusion",
             summary="One scale; patches weighted by gated attention and averaged.",
             options=ABMILConfig,
+            maps={"attention": "Weight of a patch in the mean that represents the slide (softmax over its patches)."},
         ),
         ModelInfo(
             name="crossfusion",
@@ -101,6 +120,7 @@ MODELS: Mapping[str, ModelInfo] = {
             reference="CrossFusion, MIDL 2026, arXiv:2503.02064; RustinS/CrossFusion @ df5473d",
             summary="Three scales; 10x patches attend to 5x and 20x, then transformers and convolutions.",
             options=CrossFusionConfig,
+            maps=_THREE_SCALE_MAPS,
         ),
         ModelInfo(
             name="crossfusion-concat",
@@ -108,6 +128,7 @@ MODELS: Mapping[str, ModelInfo] = {
             reference="CrossFusion, ablation w/o CP; CrossFusionConcat of RustinS/CrossFusion @ df5473d",
             summary="Ablation: the three maps concatenated in place of the Conv Processor.",
             options=CrossFusionConfig,
+            maps=_THREE_SCALE_MAPS,
         ),
         ModelInfo(
             name="crossfusion-single",
@@ -115,6 +136,7 @@ MODELS: Mapping[str, ModelInfo] = {
             reference="CrossFusion, ablation w/o F&C; CrossFusionSingle of RustinS/CrossFusion @ df5473d",
             summary="Ablation: one scale, 20x, through the same transformers; the most expensive of the three.",
             options=CrossFusionConfig,
+            maps={"source": _SOURCE_MAP.format("20x"), "fused": _FUSED_MAP.format("20x")},
         ),
     )
 }

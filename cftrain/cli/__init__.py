@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from cfstore import StoreError
+from cftrain.cli.heatmap import heatmap
 from cftrain.cli.model_zoo import import_weights, models
 from cftrain.cli.results import compare, predict, report
 from cftrain.cli.running import run
@@ -42,5 +43,5 @@ def main() -> None:
     """
 
 
-for command in (run, report, compare, predict, models, import_weights):
+for command in (run, report, compare, predict, heatmap, models, import_weights):
     main.add_command(command)

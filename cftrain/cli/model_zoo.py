@@ -14,7 +14,7 @@ import click
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def models(name: str | None, as_json: bool) -> None:
-    """List the models, or one model's options and defaults.
+    """List the models, or one model's options, defaults and maps.
 
     \b
     Example:
@@ -31,6 +31,7 @@ def models(name: str | None, as_json: bool) -> None:
             "summary": info.summary,
             "reference": info.reference,
             "options": {item.name: item.default for item in dataclasses.fields(info.options) if item.name != "n_bins"},
+            "maps": dict(info.maps),
         }
         for info in chosen
     ]
@@ -44,6 +45,8 @@ def models(name: str | None, as_json: bool) -> None:
             click.echo(f"{'':<20} {row['reference']}")
             for option, default in row["options"].items():
                 click.echo(f"{'':<20} --set model.{option}={json.dumps(default)}")
+            for map_name, meaning in row["maps"].items():
+                click.echo(f"{'':<20} map {map_name}: {meaning}")
 
 
 @click.command("import-weights")

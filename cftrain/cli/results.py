@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import click
 
+from cftrain.cli.columns import padded
 from cftrain.cli.progress import excluded_lines, number
 
 METRICS: Final = ("c_index_patient", "c_index", "c_index_patient_best_epoch", "c_index_best_epoch")
@@ -228,7 +229,7 @@ def _measured_lines(summary: Mapping[str, Any]) -> list[str]:
         f"labels      {summary['n_labelled_slides']} slides of {summary['n_labelled_patients']} patients, "
         f"{summary['n_events']} events",
         "",
-        *_padded([("", "C-index per patient", "95 % interval"), *rows]),
+        *padded([("", "C-index per patient", "95 % interval"), *rows]),
         "",
         f"C-index per slide   {' '.join(_interval(summary['c_index']))}",
         f"log-rank p          {'n/a' if p is None else f'{p:.2g}'}, patients split at their median risk",
@@ -249,14 +250,3 @@ def _measured_lines(summary: Mapping[str, Any]) -> list[str]:
 
 def _interval(found: Mapping[str, Any]) -> tuple[str, str]:
     return number(found["value"]), f"({number(found['lower'])} to {number(found['upper'])})"
-
-
-def _padded(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
-    ]

@@ -5,6 +5,16 @@ from cftrain.models.bags import BagBatch
 from cftrain.models.base import SurvivalModel
 from cftrain.models.building import available, build
 from cftrain.models.output import SurvivalOutput
+from cftrain.models.patch_maps import PatchMap
 from cftrain.zoo import ModelInfo
 
-__all__ = ["BagBatch", "ModelInfo", "SurvivalModel", "SurvivalOutput", "attention_maps", "available", "build"]
+__all__ = [
+    "BagBatch",
+    "ModelInfo",
+    "PatchMap",
+    "SurvivalModel",
+    "SurvivalOutput",
+    "attention_maps",
+    "available",
+    "build",
+]

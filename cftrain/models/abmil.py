@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cftrain.models.bags import BagBatch
 from cftrain.models.base import SurvivalModel
+from cftrain.models.patch_maps import PatchMap
 from cftrain.zoo import ABMILConfig
 
 
@@ -37,13 +38,23 @@ class ABMIL(SurvivalModel):
 
     def logits(self, batch: BagBatch) -> Tensor:
         """Log-odds of the hazards: [B, K]."""
-        scale = self.scales[0]
-        h_NH = self.dropout(torch.relu(self.projection(self.rows(batch, scale))))
-        lengths = list(batch.lengths[scale])
-        bags = zip(torch.split(h_NH, lengths), torch.split(self.attention(h_NH), lengths), strict=True)
+        bags = self._scored(batch)
         z_BH = torch.cat([score_N1.softmax(dim=0).T @ h for h, score_N1 in bags])
         logits_BK: Tensor = self.head(z_BH)
         return logits_BK
+
+    def patch_maps(self, batch: BagBatch) -> dict[str, PatchMap]:
+        """The weights a_n of the patches."""
+        with self.evaluating(), torch.no_grad():
+            weights = tuple(score_N1[:, 0].cpu().double().softmax(dim=0) for _, score_N1 in self._scored(batch))
+        return {"attention": PatchMap(self.scales[0], weights, (0.0,) * len(batch))}
+
+    def _scored(self, batch: BagBatch) -> list[tuple[Tensor, Tensor]]:
+        """Of each bag: h [N, H], and s [N, 1]."""
+        scale = self.scales[0]
+        h_NH = self.dropout(torch.relu(self.projection(self.rows(batch, scale))))
+        lengths = list(batch.lengths[scale])
+        return list(zip(torch.split(h_NH, lengths), torch.split(self.attention(h_NH), lengths), strict=True))
 
 
 class GatedAttention(nn.Module):

@@ -7,7 +7,7 @@ all that a map of the slide shows, and it comes from queries, keys and log-sum-e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -20,7 +20,9 @@ Maps = dict[str, tuple[Tensor, ...]]
 
 
 @contextmanager
-def attention_maps(model: nn.Module, *, every_row: bool = False) -> Iterator[Maps]:
+def attention_maps(
+    model: nn.Module, *, places: Collection[str] | None = None, every_row: bool = False
+) -> Iterator[Maps]:
     """Collect the attention of the forward passes made in the block, in evaluation mode.
 
     Example: `with attention_maps(model.eval()) as maps: model(batch)`.
@@ -31,6 +33,8 @@ def attention_maps(model: nn.Module, *, every_row: bool = False) -> Iterator[Map
 
     Parameters
     ----------
+    places
+        The attentions to collect, each a second look at its queries and keys; None: all.
     every_row
         The last block of the final transformer computes the class token's row only, and its map is that row: what the
         prediction looked at. True: all rows, and their mean.
@@ -38,8 +42,9 @@ def attention_maps(model: nn.Module, *, every_row: bool = False) -> Iterator[Map
     maps: Maps = {}
     changed: list[ClassTokenTransformer] = []
     for name, module in model.named_modules():
-        if isinstance(module, Attention):
-            module.recorder = partial(_record, maps, name.removesuffix(".attention"))
+        place = name.removesuffix(".attention")
+        if isinstance(module, Attention) and (places is None or place in places):
+            module.recorder = partial(_record, maps, place)
         if isinstance(module, ClassTokenTransformer) and every_row:
             module.every_row = True
             changed.append(module)

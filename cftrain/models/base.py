@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from cftrain.errors import MissingScaleError, ShapeError
 from cftrain.models.bags import BagBatch
 from cftrain.models.output import SurvivalOutput
+from cftrain.models.patch_maps import PatchMap
 from cftrain.zoo import Options
 
 
@@ -49,6 +52,40 @@ class SurvivalModel(nn.Module):
     @abstractmethod
     def logits(self, batch: BagBatch) -> Tensor:
         """Log-odds of the hazards of B slides: [B, K]."""
+
+    @abstractmethod
+    def patch_maps(self, batch: BagBatch) -> dict[str, PatchMap]:
+        """How much attention each patch of B slides receives, exactly, in memory for their patches alone.
+
+        A model returns the maps that `cftrain.zoo.MODELS[name].maps` lists, no others and in that order, all of one
+        forward pass `with self.evaluating(), torch.no_grad()`: the same in training and evaluation. Every patch of a
+        map's scale has one score, from 0 to 1; keys that stand for a patch besides its own, such as padding, count for
+        it (`patch_maps.on_patches`); what keys that stand for no patch receive is `elsewhere`. No table of queries and
+        keys is made (`attention_maps`).
+
+        Parameters
+        ----------
+        batch
+            As for `forward`.
+
+        Raises
+        ------
+        MissingScaleError
+            The batch lacks one of `scales`; names its first slide.
+        ShapeError
+            The features are not D wide.
+        """
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode in the block; afterwards every layer is in the mode it was in."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def rows(self, batch: BagBatch, scale: int) -> Tensor:
         """The packed features of one scale, [sum N_b, D], in the dtype the model computes in."""

@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cfkernels import grouped_window_conv, mix_layer_norms
+from cftrain.models.attention_maps import attention_maps
 from cftrain.models.bags import BagBatch
 from cftrain.models.base import SurvivalModel
 from cftrain.models.layers import (
@@ -38,6 +40,7 @@ from cftrain.models.layers import (
     Window,
     square_grids,
 )
+from cftrain.models.patch_maps import PatchMap, on_patches
 from cftrain.zoo import CrossFusionConfig
 
 COARSE, SOURCE, FINE = 5, 10, 20
@@ -77,6 +80,20 @@ class _ThreeScales(SurvivalModel):
         fused = self.fuse((source, fine, coarse), norms, grids)
         logits_BK: Tensor = self.head(self.final_transformer(fused, grids))
         return logits_BK
+
+    def patch_maps(self, batch: BagBatch) -> dict[str, PatchMap]:
+        """What 5x and 20x patches receive from 10x ones, and 10x patches from their likes and the class token.
+
+        A patch's place in the fused grid also carries what PPEG and windows brought there from places around it.
+        """
+        last = len(self.final_transformer.post) - 1
+        looks = {
+            "coarse-cross": _Look(COARSE, "coarse_cross_attention"),
+            "fine-cross": _Look(FINE, "fine_cross_attention"),
+            "source": _Look(SOURCE, f"source_transformer.post.{last}"),
+            "fused": _Look(SOURCE, f"final_transformer.post.{last}", class_tokens=1),
+        }
+        return _patch_maps(self, batch, looks)
 
     @abstractmethod
     def fuse(self, maps: tuple[Tensor, ...], norms: tuple[LayerNorm, ...], grids: Lengths) -> Tensor:
@@ -133,6 +150,37 @@ class CrossFusionSingle(SurvivalModel):
         fused = self.conv_processor((source,), (self.source_transformer.norm,), grids)
         logits_BK: Tensor = self.head(self.final_transformer(fused, grids))
         return logits_BK
+
+    def patch_maps(self, batch: BagBatch) -> dict[str, PatchMap]:
+        """What 20x patches receive from their likes, and from the class token."""
+        last = len(self.final_transformer.post) - 1
+        looks = {
+            "source": _Look(FINE, f"source_transformer.post.{last}"),
+            "fused": _Look(FINE, f"final_transformer.post.{last}", class_tokens=1),
+        }
+        return _patch_maps(self, batch, looks)
+
+
+class _Look(NamedTuple):
+    """An attention whose keys stand for patches."""
+
+    scale: int
+    """Whose."""
+    place: str
+    """Its name in `attention_maps`."""
+    class_tokens: int = 0
+    """How many keys before the patches are none."""
+
+
+def _patch_maps(model: SurvivalModel, batch: BagBatch, looks: dict[str, _Look]) -> dict[str, PatchMap]:
+    """All maps of one forward pass."""
+    places = {look.place for look in looks.values()}
+    with model.evaluating(), torch.no_grad(), attention_maps(model, places=places) as maps:
+        model.logits(batch)
+    return {
+        name: on_patches(maps[look.place], look.scale, batch.lengths[look.scale], class_tokens=look.class_tokens)
+        for name, look in looks.items()
+    }
 
 
 def _input_projection(feature_dim: int, embed_dim: int) -> nn.Module:

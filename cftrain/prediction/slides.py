@@ -187,7 +187,7 @@ def _known(trained: TrainedRun, slides: Sequence[CohortSlide], patients: Mapping
     found = []
     for slide in slides:
         names = {slide.patient_id, _own_id(slide), f"{slide.cohort}/{_own_id(slide)}"}
-        if slide.slide_id in trained.slides or names & trained.patients:
+        if slide.slide_id in trained.slides or names & trained.patients.keys():
             found.append(patients[slide.slide_id] or slide.slide_id)
     return tuple(sorted(set(found)))
 

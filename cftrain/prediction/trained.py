@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,10 @@ class Member:
     weights: Path
     digest: str
 
+    def standardised(self, risk: float) -> float:
+        """A risk in standard deviations from the mean of the risks of the slides that the fold was validated on."""
+        return (risk - self.risk_mean) / self.risk_sd
+
 
 @dataclass(frozen=True, eq=False)
 class TrainedRun:
@@ -69,8 +74,11 @@ class TrainedRun:
         How the epoch of the weights was chosen, in words.
     members
         One per fold.
-    patients, slides
-        Whom it was trained and validated on, from predictions.parquet.
+    patients
+        Whom it was trained and validated on, from predictions.parquet: patient to the folds that validated them, whose
+        models were not trained on them.
+    slides
+        Slide to those folds, each with the risk that it gave, in standard deviations from the mean of its own slides.
     """
 
     path: Path
@@ -78,8 +86,8 @@ class TrainedRun:
     summary: Mapping[str, Any]
     rule: str
     members: tuple[Member, ...]
-    patients: frozenset[str]
-    slides: frozenset[str]
+    patients: Mapping[str, frozenset[int]]
+    slides: Mapping[str, Mapping[int, float]]
 
     @property
     def encoder(self) -> str:
@@ -124,7 +132,13 @@ def read_trained(run: Path, weights: Weights) -> TrainedRun:
         raise RunError(message) from error
     folds, risks = np.array(rows["fold"]), np.array(rows[_RISK[weights]], dtype=np.float64)
     members = tuple(_member(run, fold, own, risks[folds == fold], weights) for fold, own in sorted(edges.items()))
-    return TrainedRun(run, config, summary, rule, members, frozenset(rows["patient_id"]), frozenset(rows["slide_id"]))
+    patients, slides = defaultdict[str, set[int]](set), defaultdict[str, dict[int, float]](dict)
+    by_fold = {member.fold: member for member in members}
+    for patient, slide, fold, risk in zip(rows["patient_id"], rows["slide_id"], rows["fold"], risks, strict=True):
+        patients[patient].add(fold)
+        slides[slide][fold] = by_fold[fold].standardised(float(risk))
+    validated = {patient: frozenset(own) for patient, own in patients.items()}
+    return TrainedRun(run, config, summary, rule, members, validated, dict(slides))
 
 
 def _member(run: Path, fold: int, edges: tuple[float, ...], risk: NDArray[np.float64], weights: Weights) -> Member:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
@@ -45,6 +47,7 @@ from cftrain.survival.metrics import patient_level
 from cftrain.survival.regression import RISK
 
 NOT_SHOWN = {"host", "hostname", "node"}
+HEATMAPS = "heatmaps"
 LONGEST_TABLE = 30
 LONGEST_FOREST = 40
 MOST_SKIPPED = 20
@@ -78,7 +81,7 @@ def write_report(run: Path) -> Path:
     """
     results = read_results(run)
     try:
-        html, survival, curves = _render(results)
+        html, survival, curves = _render(results, _heatmaps(run))
     except (KeyError, TypeError, UndefinedError) as error:
         msg = f"{run}: summary.json or metrics.jsonl lacks what a report needs ({error}); run `cftrain run` again"
         raise RunError(msg) from error
@@ -89,7 +92,22 @@ def write_report(run: Path) -> Path:
     return run / "report.html"
 
 
-def _render(results: Results) -> tuple[str, str, str]:
+def _heatmaps(run: Path) -> dict[str, str]:
+    """Slides of the run with a heatmap, and the folder of each; nothing where there is no page of them."""
+    if not (run / HEATMAPS / "index.html").is_file():
+        return {}
+    found = {}
+    for path in sorted((run / HEATMAPS).glob("*/heatmap.json")):
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            found[str(about["slide_id"])] = f"{HEATMAPS}/{quote(path.parent.name)}"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            msg = f"{path}: no heatmap that can be read ({error}); make it again with `cftrain heatmap`, or remove it"
+            raise RunError(msg) from error
+    return found
+
+
+def _render(results: Results, heatmaps: Mapping[str, str]) -> tuple[str, str, str]:
     """The page, its Kaplan-Meier figure and the numbers behind that figure."""
     summary, predictions = results.summary, results.predictions
     folds = patients_by_fold(predictions)
@@ -115,6 +133,7 @@ def _render(results: Results) -> tuple[str, str, str]:
             risks=Markup(  # noqa: S704
                 risk_figure(predictions.slide_id, predictions.fold, predictions.event, predictions.risk)
             ),
+            heatmaps=heatmaps,
             medians={group.name: median_time(group.curve) for group in groups},
             log_rank=log_rank,
             tested_elsewhere=tested != sizes,
