@@ -6,11 +6,16 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import click
 
 from cftrain.cli.columns import padded
+
+_SYNTHETIC: Final = {
+    True: "SYNTHETIC DATA: invented by `cfstore synth`, about no real patient",
+    False: "SYNTHETIC DATA: the model was trained on what `cfstore synth` invented; its maps say nothing of this slide",
+}
 
 
 @click.command()
@@ -108,7 +113,7 @@ def heatmap(
 
 def heatmap_lines(about: Mapping[str, Any]) -> list[str]:
     """One heatmap, for a terminal."""
-    lines = ["SYNTHETIC DATA: invented by `cfstore synth`, about no real patient"] if about["synthetic"] else []
+    lines = [_SYNTHETIC[about["synthetic_slide"]]] if about["synthetic"] else []
     patches = ", ".join(f"{grid['n_patches']:,} at {grid['scale']}x" for grid in about["grids"])
     lines += [
         f"slide       {about['slide_id']}: {patches}",
@@ -116,7 +121,7 @@ def heatmap_lines(about: Mapping[str, Any]) -> list[str]:
         "run's slides",
         *(f"note        {note}" for note in about["notes"]),
         "",
-        *padded([("map", "scale", "highest / mean", "raises / lowers"), *map(_row, about["maps"].items(), _n(about))]),
+        *padded([("map", "scale", "highest / mean", "raises / lowers"), *map(_row, about["maps"].items())]),
     ]
     agreeing = [each for each in about["agreement"] if each["spearman"] is not None]
     if agreeing:
@@ -140,13 +145,8 @@ def heatmap_lines(about: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _n(about: Mapping[str, Any]) -> list[int]:
-    patches = {grid["scale"]: grid["n_patches"] for grid in about["grids"]}
-    return [patches[facts["scale"]] for facts in about["maps"].values()]
-
-
-def _row(item: tuple[str, Mapping[str, Any]], n_patches: int) -> tuple[str, str, str, str]:
+def _row(item: tuple[str, Mapping[str, Any]]) -> tuple[str, str, str, str]:
     name, facts = item
     if facts["kind"] == "attention":
-        return name, f"{facts['scale']}x", f"{facts['highest'] * n_patches / (facts['sum'] or 1):.1f}", ""
+        return name, f"{facts['scale']}x", f"{facts['highest_to_mean']:.2f}", ""
     return name, f"{facts['scale']}x", "", f"{facts['highest']:+.3g} / {facts['lowest']:+.3g}"

@@ -19,6 +19,7 @@ NORMALISATION: Final = {
     "attribution": "colours show the score, 0 in the middle, the ends at the 99th percentile of its size",
 }
 RISK: Final = "standard deviations from the mean risk of the slides that the fold was validated on; mean over folds"
+_EVEN: Final = 1.1
 CHECK: Final = (
     "the risk without the patches of highest score, the others left in their order, beside the risk without as many "
     "patches chosen at random"
@@ -30,20 +31,22 @@ def of_subject(trained: TrainedRun, source: str, subject: Subject, members: Sequ
     of_run = trained.summary
     return {
         "slide_id": subject.slide_id,
-        "patient_id": subject.example.patient_id,
+        "patient_id": subject.patient_id,
+        "cohort": subject.cohort,
         "time_months": subject.example.time_months,
         "event": None if math.isnan(subject.example.time_months) else subject.example.event,
         "bag": list(subject.example.slide_ids),
         "run": str(trained.path),
         "model": of_run["model"],
-        "cohort": of_run.get("cohort"),
+        "trained_on": of_run.get("cohort"),
         "source": source,
         "encoder": subject.encoder,
         "weights": trained.rule,
         "folds": [member.fold for member in members],
         "folds_trained_on_patient": sorted(subject.seen_by),
         "digests": {str(member.fold): member.digest for member in members},
-        "synthetic": subject.synthetic,
+        "synthetic": subject.synthetic or bool(of_run.get("synthetic")),
+        "synthetic_slide": subject.synthetic,
         "honesty": honesty(members, subject),
     }
 
@@ -103,6 +106,11 @@ def notes(
         for grid in grids.values()
         if grid.parents_note and not grid.parents_note.startswith("the grids nest: every")
     ]
+    if any(own["kind"] == "attention" and own["highest_to_mean"] < _EVEN for own in facts.values()):
+        flat = [name for name, own in facts.items() if own["kind"] == "attention" and own["highest_to_mean"] < _EVEN]
+        found.append(
+            f"{', '.join(flat)}: nearly even, no patch receives {_EVEN:g} times the mean: colours show tiny differences"
+        )
     found += [
         f"{name}: the class token keeps {100 * own['attention_elsewhere']:.1f} % of its attention for itself"
         for name, own in facts.items()

@@ -128,6 +128,7 @@ def _facts(layer: Layer, elsewhere: Mapping[str, float], gaps: Mapping[str, Sequ
         "sum": float(layer.scores.sum()),
     }
     if layer.kind == "attention":
+        facts["highest_to_mean"] = float(layer.scores.max() / layer.scores.mean())
         facts["attention_elsewhere"] = elsewhere[layer.name]
     method = layer.name.rpartition("-")[0]
     if method in gaps:

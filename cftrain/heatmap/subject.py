@@ -27,6 +27,8 @@ class Subject:
     ----------
     slide_id
         The slide.
+    patient_id, cohort
+        As the store knows them; patient None where it does not.
     example
         What a model sees at once: the slide, or all slides of its patient where the run's unit is the patient.
     encoder
@@ -46,6 +48,8 @@ class Subject:
     """
 
     slide_id: str
+    patient_id: str | None
+    cohort: str
     example: Example
     encoder: str
     batch: BagBatch
@@ -123,6 +127,8 @@ def find_subject(trained: TrainedRun, source: Source, slide_id: str) -> Subject:
     place = example.slide_ids.index(slide_id)
     return Subject(
         slide_id=slide_id,
+        patient_id=patient,
+        cohort=cohort,
         example=example,
         encoder=encoder,
         batch=_batch(example, bags, trained.scales),
@@ -130,7 +136,7 @@ def find_subject(trained: TrainedRun, source: Source, slide_id: str) -> Subject:
         bags=bags[place].bags,
         catalog=own,
         seen_by=_seen_by(trained, slide_id, patient, cohort),
-        synthetic=bool(trained.summary.get("synthetic")) or bool((found["patient"] or {}).get("synthetic")),
+        synthetic=bool((found["patient"] or {}).get("synthetic")),
     )
 
 

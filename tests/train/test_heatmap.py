@@ -275,6 +275,24 @@ def test_of_a_patients_bag_the_slides_own_patches_are_shown(train, store, tmp_pa
     assert any("slides of the patient at once" in note for note in done.about["notes"])
 
 
+def test_a_real_slide_under_a_model_of_synthetic_data_says_which_of_them_is_invented(abmil, elsewhere):
+    done = invoke(abmil, "--slide", "NEW-1", "--store", elsewhere.path)
+    assert done.exit_code == 0, done.output
+    assert "the model was trained on what `cfstore synth` invented" in done.output
+    about = json.loads((abmil / "heatmaps" / "NEW-1" / "heatmap.json").read_text())
+    assert (about["cohort"], about["trained_on"], about["patient_id"]) == ("NEW", "DEMO", None)
+    assert "A model of synthetic data" in (abmil / "heatmaps" / "NEW-1" / "index.html").read_text()
+
+
+def test_an_even_map_says_so(abmil, store):
+    slide, _ = validated(abmil, 0)
+    about = heatmap_run(abmil, slide, options=HeatmapOptions(maps=("attention",))).about
+    scores = model_of(abmil, 0).patch_maps(batch_of(store, slide))["attention"].scores[0].numpy()
+    ratio = about["maps"]["attention"]["highest_to_mean"]
+    assert ratio == pytest.approx(scores.max() * len(scores), rel=1e-9)
+    assert any("nearly even" in note for note in about["notes"]) == (ratio < 1.1)
+
+
 # -- several slides ------------------------------------------------------------------------------------
 
 
