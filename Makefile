@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt tools/make_venv.py
 
 demo: $(VENV)/.ready
 	rm -rf demo
-	$(BIN)/cfstore synth demo/h5 --slides 200 --patches 256 --dim 32 --seed 1
+	$(BIN)/cfstore synth demo/h5 --slides 500 --patches 128 --dim 16 --seed 1
 	$(BIN)/cfstore ingest demo/h5 --encoder synthetic --store demo/store
 	$(BIN)/cfstore sql --store demo/store "SELECT event, count(*) AS patients, round(avg(time_months), 1) AS mean_months \
 	  FROM patients GROUP BY event ORDER BY event"
