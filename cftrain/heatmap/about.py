@@ -20,6 +20,7 @@ NORMALISATION: Final = {
 }
 RISK: Final = "standard deviations from the mean risk of the slides that the fold was validated on; mean over folds"
 _EVEN: Final = 1.1
+_MISSED: Final = 0.05
 CHECK: Final = (
     "the risk without the patches of highest score, the others left in their order, beside the risk without as many "
     "patches chosen at random"
@@ -106,11 +107,16 @@ def notes(
         for grid in grids.values()
         if grid.parents_note and not grid.parents_note.startswith("the grids nest: every")
     ]
-    if any(own["kind"] == "attention" and own["highest_to_mean"] < _EVEN for own in facts.values()):
-        flat = [name for name, own in facts.items() if own["kind"] == "attention" and own["highest_to_mean"] < _EVEN]
+    flat = [name for name, own in facts.items() if own.get("highest_to_mean", _EVEN) < _EVEN]
+    if flat:
         found.append(
             f"{', '.join(flat)}: nearly even, no patch receives {_EVEN:g} times the mean: colours show tiny differences"
         )
+    found += [
+        f"{name}: its scores miss {100 * own['completeness_gap']:.0f} % of what they should add up to, at all scales"
+        for name, own in facts.items()
+        if own.get("completeness_gap", 0) > _MISSED
+    ]
     found += [
         f"{name}: the class token keeps {100 * own['attention_elsewhere']:.1f} % of its attention for itself"
         for name, own in facts.items()

@@ -82,69 +82,75 @@ def explain(
         A model gives NaN or Inf.
     """
     batch = subject.batch.to(device)
-    attention = [name for name in names if name in MODELS[members[0].model.name].maps]
-    sums: dict[tuple[str, int], Floats] = {}
-    elsewhere: dict[str, float] = dict.fromkeys(attention, 0.0)
-    gaps: dict[str, list[float]] = {}
+    meanings = MODELS[members[0].model.name].maps
+    means = _Means(subject, len(members))
     for member in members:
         model = member.model.to(device)
-        found = model.patch_maps(batch) if attention else {}
-        for name in attention:
-            of_slide = found[name]
-            elsewhere[name] += of_slide.elsewhere[0] / len(members)
-            _add(sums, (name, of_slide.scale), of_slide.scores[0], subject, len(members))
-        for name in set(names) & _METHODS.keys():
-            attributed = _METHODS[name](model, batch, risk_of(loss))
-            if attributed.gap is not None:
-                gaps.setdefault(name, []).append(attributed.gap / member.risk_sd)
-            for scale, scores in attributed.scores.items():
-                _add(sums, (name, scale), scores / member.risk_sd, subject, len(members))
+        for name, found in model.patch_maps(batch).items() if set(names) & meanings.keys() else ():
+            if name in names:
+                means.take(name, found.scale, found.scores[0])
+                means.note(name, "attention_elsewhere", found.elsewhere[0])
+        for method in (GRADIENT, INTEGRATED):
+            if method in names:
+                means.take_attribution(method, _METHODS[method](model, batch, risk_of(loss)), member.risk_sd)
         model.cpu()
-    of_attention = [
-        Layer(name, scale, scores, "attention", MODELS[members[0].model.name].maps[name])
-        for (name, scale), scores in sums.items()
-        if name in attention
-    ]
-    attributed_layers = [
-        Layer(f"{name}-{scale}x", scale, scores, "attribution", MEANING[name])
-        for name in (GRADIENT, INTEGRATED)
-        for (made, scale), scores in sorted(sums.items())
-        if made == name
-    ]
-    layers = (*of_attention, *attributed_layers)
-    facts: dict[str, dict[str, Any]] = {
-        layer.name: {"scale": layer.scale, "kind": layer.kind, "meaning": layer.meaning} for layer in layers
-    }
-    for layer in layers:
-        facts[layer.name] |= _facts(layer, elsewhere, gaps)
-    return Explained(layers, facts)
+    layers = tuple(
+        Layer(name, scale, scores, "attention" if name in meanings else "attribution", _meaning(name, meanings))
+        for (name, scale), scores in means.scores.items()
+    )
+    return Explained(layers, {layer.name: _facts(layer) | means.notes.get(layer.name, {}) for layer in layers})
 
 
-def _facts(layer: Layer, elsewhere: Mapping[str, float], gaps: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """What is worth knowing of a layer beside its scores."""
+class _Means:
+    """Means over models of what each finds for the slide's own patches."""
+
+    def __init__(self, subject: Subject, n_members: int) -> None:
+        self.scores: dict[tuple[str, int], Floats] = {}
+        self.notes: dict[str, dict[str, float]] = {}
+        self._subject, self._n_members = subject, n_members
+
+    def take(self, name: str, scale: int, scores: Tensor) -> None:
+        """One model's scores of the whole bag."""
+        own: Floats = scores[self._subject.rows[scale]].double().cpu().numpy() / self._n_members
+        if not np.isfinite(own).all():
+            slide = self._subject.slide_id
+            message = f"{slide}: map {name} is NaN or Inf at {scale}x; look at the features with `cfstore verify`"
+            raise NonFiniteError(message)
+        held = self.scores.get((name, scale))
+        self.scores[name, scale] = own if held is None else held + own
+
+    def take_attribution(self, method: str, found: Attribution, risk_sd: float) -> None:
+        """One model's attribution, brought to standard deviations of its fold's risks."""
+        # what integrated gradients miss, as a share of all that they attribute
+        total = sum(float(scores.abs().sum()) for scores in found.scores.values())
+        for scale, scores in sorted(found.scores.items()):
+            self.take(f"{method}-{scale}x", scale, scores / risk_sd)
+            if found.gap is not None and total > 0:
+                self.note(f"{method}-{scale}x", "completeness_gap", abs(found.gap) / total)
+
+    def note(self, name: str, fact: str, value: float) -> None:
+        """One model's value of what is worth knowing beside the scores."""
+        of_map = self.notes.setdefault(name, {})
+        of_map[fact] = of_map.get(fact, 0.0) + value / self._n_members
+
+
+def _meaning(name: str, meanings: Mapping[str, str]) -> str:
+    return meanings[name] if name in meanings else MEANING[name.rpartition("-")[0]]
+
+
+def _facts(layer: Layer) -> dict[str, Any]:
+    """A layer in numbers."""
     facts: dict[str, Any] = {
+        "scale": layer.scale,
+        "kind": layer.kind,
+        "meaning": layer.meaning,
         "lowest": float(layer.scores.min()),
         "highest": float(layer.scores.max()),
         "sum": float(layer.scores.sum()),
     }
     if layer.kind == "attention":
         facts["highest_to_mean"] = float(layer.scores.max() / layer.scores.mean())
-        facts["attention_elsewhere"] = elsewhere[layer.name]
-    method = layer.name.rpartition("-")[0]
-    if method in gaps:
-        facts["completeness_gap"] = float(np.max(np.abs(gaps[method])))
     return facts
-
-
-def _add(
-    sums: dict[tuple[str, int], Floats], key: tuple[str, int], scores: Tensor, subject: Subject, n_members: int
-) -> None:
-    """Take one model's scores into the mean, those of the slide's own patches."""
-    own: Floats = scores[subject.rows[key[1]]].double().cpu().numpy() / n_members
-    if not np.isfinite(own).all():
-        message = f"{subject.slide_id}: map {key[0]} is NaN or Inf at {key[1]}x; look at its features: `cfstore verify`"
-        raise NonFiniteError(message)
-    sums[key] = sums[key] + own if key in sums else own
 
 
 def standardised_risk(members: Sequence[Member], loss: str, device: torch.device) -> Callable[[BagBatch], float]:
