@@ -70,24 +70,25 @@ def write_largest(folder: Path, n_patches: int, dim: int) -> dict[int, int]:
     return counts
 
 
-def command(*words: str) -> list[str]:
+def command(package: str, *words: str) -> list[str]:
     """A command of ours with this Python."""
-    return [sys.executable, "-m", *words]
+    return [sys.executable, "-c", f"from {package}.cli import main; main()", *words]
 
 
 def call(*words: str) -> None:
     """Run it; stop where it fails."""
-    subprocess.run(command(*words), check=True, capture_output=True, text=True)
+    done = subprocess.run(command(*words), capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
 
 
 def prepare(folder: Path, told: argparse.Namespace) -> dict[int, int]:
     """A trained run, and a store with the largest slide."""
-    synthesize(folder / "h5", slides=10, patches=16, dim=told.dim, seed=0)
+    synthesize(folder / "h5", slides=25, patches=16, dim=told.dim, seed=0)
     call("cfstore", "ingest", str(folder / "h5"), "--encoder", "synthetic", "--store", str(folder / "store"))
     call(
         "cftrain", "run", "--cohort", "DEMO", "--store", str(folder / "store"), "--out", str(folder / "run"),
         "--set", "train.epochs=1", "--set", "train.select_from=1", "--set", f"model.embed_dim={told.embed_dim}",
-        "--set", "data.folds=2",
     )  # fmt: skip
     counts = write_largest(folder / "large", told.patches, told.dim)
     call("cfstore", "ingest", str(folder / "large"), "--encoder", "synthetic", "--store", str(folder / "large-store"))
