@@ -25,9 +25,9 @@ ALL: Final = "all"
 
 _IN_SD: Final = "in standard deviations of the risks of the fold's validated slides"
 MEANING: Final = {
-    GRADIENT: "gradient of the risk times the patch's distance from the slide's mean patch: above 0 raises the risk; "
+    GRADIENT: "Gradient of the risk times the patch's distance from the slide's mean patch: above 0 raises the risk; "
     + _IN_SD,
-    INTEGRATED: "integrated gradients from a slide of mean patches: above 0 raises the risk, all scales add up to its "
+    INTEGRATED: "Integrated gradients from a slide of mean patches: above 0 raises the risk, all scales add up to its "
     "distance from that slide's; " + _IN_SD,
 }
 _METHODS: Final[Mapping[str, Callable[..., Attribution]]] = {GRADIENT: gradient, INTEGRATED: integrated}

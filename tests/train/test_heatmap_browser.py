@@ -96,6 +96,22 @@ def test_every_patch_has_the_colour_of_its_score(tmp_path, name):
     assert_drawn(found, layer)
 
 
+def test_patches_far_from_the_corner_of_the_slide_fill_the_view_all_the_same(tmp_path):
+    plain = nested()
+    moved = {
+        scale: dataclasses.replace(grid, corners=[*grid.corners, 120000, 90000]) for scale, grid in plain.grids.items()
+    }
+    size = (plain.size[0] + 120_000, plain.size[1] + 90_000)
+    write_viewer(dataclasses.replace(plain, grids=moved, size=size), tmp_path, None)
+    layer = next(each for each in plain.layers if each.name == "fine-cross")
+    assert_drawn(ask(tmp_path, COLOURS, "#layer=fine-cross")[2], layer)  # a patch out of sight has no pixel
+    width = np.ptp(plain.grids[5].corners[:, 0]) + plain.grids[5].edge
+    seen = ask(tmp_path, "[view.state().view, view.pixels([[119_000, 90_000]])[0]]", "#layer=fine-cross")
+    assert seen[0] is None  # all there is
+    across = ask(tmp_path, f"view.pixels([[120_000 - {width} * 3, 90_000]])[0]", "#layer=fine-cross")
+    assert across is None  # what is empty is not in sight
+
+
 def test_colours_by_score_are_even_between_the_1st_and_99th_percentile(tmp_path):
     heatmap = nested()
     write_viewer(heatmap, tmp_path, None)

@@ -15,6 +15,20 @@
     };
   }
 
+  // level-0 rectangle that holds all patches: [x, y, width, height]
+  function reach(grids) {
+    const low = [Infinity, Infinity], high = [-Infinity, -Infinity];
+    for (const grid of grids) {
+      for (let row = 0; row < grid.n; row++) {
+        low[0] = Math.min(low[0], grid.x(row));
+        low[1] = Math.min(low[1], grid.y(row));
+        high[0] = Math.max(high[0], grid.x(row) + grid.edge);
+        high[1] = Math.max(high[1], grid.y(row) + grid.edge);
+      }
+    }
+    return [...low, high[0] - low[0], high[1] - low[1]];
+  }
+
   class Slide {
     constructor(element, data, calm) {
       this.calm = calm;
@@ -34,6 +48,19 @@
         animationTime: calm ? 0 : 0.6, springStiffness: 9, zoomPerScroll: 1.3, immediateRender: calm,
         subPixelRoundingForTransparency: 2, // always: no hairlines between tiles
       });
+      // without an image there is nothing to see but the patches, and they need not begin at 0
+      if (!data.image) this.viewer.addOnceHandler("open", () => this.homeIs(reach(data.grids)));
+    }
+
+    // what "fit" shows, in place of the whole frame
+    homeIs([x, y, width, height]) {
+      const { viewport } = this.viewer;
+      const margin = 0.04 * Math.max(width, height);
+      const corner = this.toViewport(x - margin, y - margin);
+      const size = this.toViewport(width + 2 * margin, height + 2 * margin);
+      viewport.getHomeBounds = () => new OpenSeadragon.Rect(corner.x, corner.y, size.x, size.y);
+      viewport.getHomeZoom = () => 1 / Math.max(size.x, size.y * viewport.getAspectRatio());
+      viewport.goHome(true);
     }
 
     toViewport(x, y) {
