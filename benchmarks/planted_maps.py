@@ -59,11 +59,12 @@ def main() -> None:
         for slide in slides:
             subject = find_subject(trained, Source(store.path), slide)
             marked = {scale: subject.bags[scale].features @ directions[scale] > SHIFT / 2 for scale in MARKED}
-            layers = [each for each in explain([member], subject, MAPS, loss, device).layers if each.scale in MARKED]
-            for layer in layers:
+            explained = explain([member], subject, MAPS, loss, device)
+            explained = explained._replace(layers=tuple(each for each in explained.layers if each.scale in MARKED))
+            for layer in explained.layers:
                 areas.setdefault(layer.name, []).append(area_under_curve(layer.scores, marked[layer.scale]))
             risk = standardised_risk([member], loss, device)
-            for name, found in check(risk, subject, layers, share=0.05, draws=5, seed=0).items():
+            for name, found in check(risk, subject, explained, share=0.05, draws=5, seed=0).items():
                 falls.setdefault(name, []).append(
                     (found.risk - found.without_top, found.risk - float(np.mean(found.without_random)))
                 )

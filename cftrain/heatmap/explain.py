@@ -15,7 +15,7 @@ from cftrain.heatmap.attribution import Attribution, gradient, integrated, risk_
 from cftrain.heatmap.deletion import Deletion, deletions
 from cftrain.heatmap.layers import Floats, Layer
 from cftrain.heatmap.subject import Subject
-from cftrain.models import BagBatch
+from cftrain.models import BagBatch, PatchMap
 from cftrain.prediction.trained import Member
 from cftrain.zoo import MODELS
 
@@ -36,12 +36,15 @@ _METHODS: Final[Mapping[str, Callable[..., Attribution]]] = {GRADIENT: gradient,
 class Explained(NamedTuple):
     """What `explain` found.
 
+    risk
+        Of the whole bag: the mean over models, each in standard deviations of its fold's risks.
     layers
         The maps, attention first, in the order of the model's.
     facts
         Of each layer by name: plain values for heatmap.json.
     """
 
+    risk: float
     layers: tuple[Layer, ...]
     facts: dict[str, dict[str, Any]]
 
@@ -81,54 +84,72 @@ def explain(
     NonFiniteError
         A model gives NaN or Inf.
     """
-    batch = subject.batch.to(device)
+    batch, of_logits = subject.batch.to(device), risk_of(loss)
     meanings = MODELS[members[0].model.name].maps
-    means = _Means(subject, len(members))
+    means = _Means(subject, names, len(members))
     for member in members:
         model = member.model.to(device)
-        for name, found in model.patch_maps(batch).items() if set(names) & meanings.keys() else ():
-            if name in names:
-                means.take(name, found.scale, found.scores[0])
-                means.note(name, "attention_elsewhere", found.elsewhere[0])
-        for method in (GRADIENT, INTEGRATED):
-            if method in names:
-                means.take_attribution(method, _METHODS[method](model, batch, risk_of(loss)), member.risk_sd)
+        if set(names) & meanings.keys():
+            logits, maps = model.logits_and_maps(batch)
+            means.take_attention(maps)
+            risk = float(of_logits(logits.double())[0])
+        for method in (each for each in _METHODS if each in names):
+            found = _METHODS[method](model, batch, of_logits)
+            means.take_attribution(method, found, member.risk_sd)
+            risk = found.risk
+        means.take_risk(member.standardised(risk))
         model.cpu()
     layers = tuple(
         Layer(name, scale, scores, "attention" if name in meanings else "attribution", _meaning(name, meanings))
         for (name, scale), scores in means.scores.items()
     )
-    return Explained(layers, {layer.name: _facts(layer) | means.notes.get(layer.name, {}) for layer in layers})
+    facts = {layer.name: _facts(layer) | means.notes.get(layer.name, {}) for layer in layers}
+    return Explained(means.risk, layers, facts)
 
 
 class _Means:
     """Means over models of what each finds for the slide's own patches."""
 
-    def __init__(self, subject: Subject, n_members: int) -> None:
+    def __init__(self, subject: Subject, names: Sequence[str], n_members: int) -> None:
+        self.risk = 0.0
         self.scores: dict[tuple[str, int], Floats] = {}
         self.notes: dict[str, dict[str, float]] = {}
-        self._subject, self._n_members = subject, n_members
+        self._subject, self._names, self._n_members = subject, names, n_members
 
-    def take(self, name: str, scale: int, scores: Tensor) -> None:
-        """One model's scores of the whole bag."""
-        own: Floats = scores[self._subject.rows[scale]].double().cpu().numpy() / self._n_members
-        if not np.isfinite(own).all():
-            slide = self._subject.slide_id
-            message = f"{slide}: map {name} is NaN or Inf at {scale}x; look at the features with `cfstore verify`"
-            raise NonFiniteError(message)
-        held = self.scores.get((name, scale))
-        self.scores[name, scale] = own if held is None else held + own
+    def take_risk(self, risk: float) -> None:
+        """One model's risk, in standard deviations."""
+        self._check(risk, "its risk")
+        self.risk += risk / self._n_members
+
+    def take_attention(self, maps: Mapping[str, PatchMap]) -> None:
+        """One model's maps, those that are wanted."""
+        for name, found in maps.items():
+            if name in self._names:
+                self._take(name, found.scale, found.scores[0])
+                self._note(name, "attention_elsewhere", found.elsewhere[0])
 
     def take_attribution(self, method: str, found: Attribution, risk_sd: float) -> None:
         """One model's attribution, brought to standard deviations of its fold's risks."""
         # what integrated gradients miss, as a share of all that they attribute
         total = sum(float(scores.abs().sum()) for scores in found.scores.values())
         for scale, scores in sorted(found.scores.items()):
-            self.take(f"{method}-{scale}x", scale, scores / risk_sd)
+            self._take(f"{method}-{scale}x", scale, scores / risk_sd)
             if found.gap is not None and total > 0:
-                self.note(f"{method}-{scale}x", "completeness_gap", abs(found.gap) / total)
+                self._note(f"{method}-{scale}x", "completeness_gap", abs(found.gap) / total)
 
-    def note(self, name: str, fact: str, value: float) -> None:
+    def _take(self, name: str, scale: int, scores: Tensor) -> None:
+        own: Floats = scores[self._subject.rows[scale]].double().cpu().numpy() / self._n_members
+        self._check(own, f"map {name} at {scale}x")
+        held = self.scores.get((name, scale))
+        self.scores[name, scale] = own if held is None else held + own
+
+    def _check(self, values: Floats | float, what: str) -> None:
+        if not np.isfinite(values).all():
+            slide = self._subject.slide_id
+            message = f"{slide}: {what} is NaN or Inf; look at the slide's features with `cfstore verify`"
+            raise NonFiniteError(message)
+
+    def _note(self, name: str, fact: str, value: float) -> None:
         """One model's value of what is worth knowing beside the scores."""
         of_map = self.notes.setdefault(name, {})
         of_map[fact] = of_map.get(fact, 0.0) + value / self._n_members
@@ -168,13 +189,19 @@ def standardised_risk(members: Sequence[Member], loss: str, device: torch.device
 
 
 def check(
-    risk: Callable[[BagBatch], float], subject: Subject, layers: Sequence[Layer], *, share: float, draws: int, seed: int
+    risk: Callable[[BagBatch], float], subject: Subject, explained: Explained, *, share: float, draws: int, seed: int
 ) -> dict[str, Deletion]:
     """The deletion check of every map: the risk without the patches it scores highest, and without random ones.
 
     Without those at whose scale the slide has a single patch: nothing would be left.
     """
+    layers = explained.layers
     found: dict[str, Deletion] = {}
+
+    def known(batch: BagBatch) -> float:
+        """A forward pass of the whole bag may take minutes, and its risk is known."""
+        return explained.risk if batch is subject.batch else risk(batch)
+
     for scale, own in subject.rows.items():
         scores = {}
         for layer in layers:
@@ -183,7 +210,7 @@ def check(
                 scores[layer.name][own] = layer.scores
         rows = np.arange(own.start, own.stop)
         if scores:
-            found |= deletions(risk, subject.batch, scale, scores, share, draws, seed, rows)
+            found |= deletions(known, subject.batch, scale, scores, share, draws, seed, rows)
     return {layer.name: found[layer.name] for layer in layers if layer.name in found}
 
 

@@ -209,13 +209,13 @@ def _explained(
     """The maps, the risk, the check where it is asked for, and how long they took."""
     started, loss = time.monotonic(), trained.config.train.loss
     explained = explain(members, subject, names, loss, device)
-    risk = standardised_risk(members, loss, device)
-    found = about.of_risk(trained, risk(subject.batch))
+    found = about.of_risk(trained, explained.risk)
     seconds = {"explaining": time.monotonic() - started}
     if options.check:
         watch.on_stage(f"{subject.slide_id}: the risk without the top {100 * options.share:g} % of the patches")
         started = time.monotonic()
-        dropped = check(risk, subject, explained.layers, share=options.share, draws=options.draws, seed=options.seed)
+        risk = standardised_risk(members, loss, device)
+        dropped = check(risk, subject, explained, share=options.share, draws=options.draws, seed=options.seed)
         found |= {"check": about.of_check(dropped), "check_rule": about.CHECK, "check_share": options.share}
         seconds["checking"] = time.monotonic() - started
     return explained, {**found, "seconds": seconds}

@@ -13,6 +13,8 @@ Legend: B slides, N patches, D features, H hidden_dim, A attention_dim, K time b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -38,16 +40,15 @@ class ABMIL(SurvivalModel):
 
     def logits(self, batch: BagBatch) -> Tensor:
         """Log-odds of the hazards: [B, K]."""
-        bags = self._scored(batch)
-        z_BH = torch.cat([score_N1.softmax(dim=0).T @ h for h, score_N1 in bags])
-        logits_BK: Tensor = self.head(z_BH)
-        return logits_BK
+        return self._pooled(self._scored(batch))
 
-    def patch_maps(self, batch: BagBatch) -> dict[str, PatchMap]:
-        """The weights a_n of the patches."""
+    def logits_and_maps(self, batch: BagBatch) -> tuple[Tensor, dict[str, PatchMap]]:
+        """Logits [B, K], and the weights a_n of the patches."""
         with self.evaluating(), torch.no_grad():
-            weights = tuple(score_N1[:, 0].cpu().double().softmax(dim=0) for _, score_N1 in self._scored(batch))
-        return {"attention": PatchMap(self.scales[0], weights, (0.0,) * len(batch))}
+            scored = self._scored(batch)
+            logits_BK = self._pooled(scored)
+        weights = tuple(score_N1[:, 0].cpu().double().softmax(dim=0) for _, score_N1 in scored)
+        return logits_BK, {"attention": PatchMap(self.scales[0], weights, (0.0,) * len(batch))}
 
     def _scored(self, batch: BagBatch) -> list[tuple[Tensor, Tensor]]:
         """Of each bag: h [N, H], and s [N, 1]."""
@@ -55,6 +56,11 @@ class ABMIL(SurvivalModel):
         h_NH = self.dropout(torch.relu(self.projection(self.rows(batch, scale))))
         lengths = list(batch.lengths[scale])
         return list(zip(torch.split(h_NH, lengths), torch.split(self.attention(h_NH), lengths), strict=True))
+
+    def _pooled(self, bags: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        z_BH = torch.cat([score_N1.softmax(dim=0).T @ h for h, score_N1 in bags])
+        logits_BK: Tensor = self.head(z_BH)
+        return logits_BK
 
 
 class GatedAttention(nn.Module):

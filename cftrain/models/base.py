@@ -54,8 +54,10 @@ class SurvivalModel(nn.Module):
         """Log-odds of the hazards of B slides: [B, K]."""
 
     @abstractmethod
-    def patch_maps(self, batch: BagBatch) -> dict[str, PatchMap]:
-        """How much attention each patch of B slides receives, exactly, in memory for their patches alone.
+    def logits_and_maps(self, batch: BagBatch) -> tuple[Tensor, dict[str, PatchMap]]:
+        """Logits [B, K] of B slides in evaluation mode, and how much attention each patch receives.
+
+        The maps are exact, in memory for the patches alone.
 
         A model returns the maps that `cftrain.zoo.MODELS[name].maps` lists, no others and in that order, all of one
         forward pass `with self.evaluating(), torch.no_grad()`: the same in training and evaluation. Every patch of a
@@ -75,6 +77,10 @@ class SurvivalModel(nn.Module):
         ShapeError
             The features are not D wide.
         """
+
+    def patch_maps(self, batch: BagBatch) -> dict[str, PatchMap]:
+        """The maps of `logits_and_maps`."""
+        return self.logits_and_maps(batch)[1]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -81,8 +81,8 @@ class _ThreeScales(SurvivalModel):
         logits_BK: Tensor = self.head(self.final_transformer(fused, grids))
         return logits_BK
 
-    def patch_maps(self, batch: BagBatch) -> dict[str, PatchMap]:
-        """What 5x and 20x patches receive from 10x ones, and 10x patches from their likes and the class token.
+    def logits_and_maps(self, batch: BagBatch) -> tuple[Tensor, dict[str, PatchMap]]:
+        """Logits; what 5x and 20x patches receive from 10x ones, and 10x ones from their likes and the class token.
 
         A patch's place in the fused grid also carries what PPEG and windows brought there from places around it.
         """
@@ -93,7 +93,7 @@ class _ThreeScales(SurvivalModel):
             "source": _Look(SOURCE, f"source_transformer.post.{last}"),
             "fused": _Look(SOURCE, f"final_transformer.post.{last}", class_tokens=1),
         }
-        return _patch_maps(self, batch, looks)
+        return _logits_and_maps(self, batch, looks)
 
     @abstractmethod
     def fuse(self, maps: tuple[Tensor, ...], norms: tuple[LayerNorm, ...], grids: Lengths) -> Tensor:
@@ -151,14 +151,14 @@ class CrossFusionSingle(SurvivalModel):
         logits_BK: Tensor = self.head(self.final_transformer(fused, grids))
         return logits_BK
 
-    def patch_maps(self, batch: BagBatch) -> dict[str, PatchMap]:
-        """What 20x patches receive from their likes, and from the class token."""
+    def logits_and_maps(self, batch: BagBatch) -> tuple[Tensor, dict[str, PatchMap]]:
+        """Logits [B, K], and what 20x patches receive from their likes, and from the class token."""
         last = len(self.final_transformer.post) - 1
         looks = {
             "source": _Look(FINE, f"source_transformer.post.{last}"),
             "fused": _Look(FINE, f"final_transformer.post.{last}", class_tokens=1),
         }
-        return _patch_maps(self, batch, looks)
+        return _logits_and_maps(self, batch, looks)
 
 
 class _Look(NamedTuple):
@@ -172,12 +172,14 @@ class _Look(NamedTuple):
     """How many keys before the patches are none."""
 
 
-def _patch_maps(model: SurvivalModel, batch: BagBatch, looks: dict[str, _Look]) -> dict[str, PatchMap]:
-    """All maps of one forward pass."""
+def _logits_and_maps(
+    model: SurvivalModel, batch: BagBatch, looks: dict[str, _Look]
+) -> tuple[Tensor, dict[str, PatchMap]]:
+    """All of one forward pass."""
     places = {look.place for look in looks.values()}
     with model.evaluating(), torch.no_grad(), attention_maps(model, places=places) as maps:
-        model.logits(batch)
-    return {
+        logits_BK = model.logits(batch)
+    return logits_BK, {
         name: on_patches(maps[look.place], look.scale, batch.lengths[look.scale], class_tokens=look.class_tokens)
         for name, look in looks.items()
     }
