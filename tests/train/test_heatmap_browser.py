@@ -99,7 +99,8 @@ def test_every_patch_has_the_colour_of_its_score(tmp_path, name):
 def test_patches_far_from_the_corner_of_the_slide_fill_the_view_all_the_same(tmp_path):
     plain = nested()
     moved = {
-        scale: dataclasses.replace(grid, corners=[*grid.corners, 120000, 90000]) for scale, grid in plain.grids.items()
+        scale: dataclasses.replace(grid, corners=grid.corners + np.array([120_000, 90_000]))
+        for scale, grid in plain.grids.items()
     }
     size = (plain.size[0] + 120_000, plain.size[1] + 90_000)
     write_viewer(dataclasses.replace(plain, grids=moved, size=size), tmp_path, None)
