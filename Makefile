@@ -26,6 +26,7 @@ demo: $(VENV)/.ready
 	$(BIN)/cfstore sql --store demo/store "SELECT event, count(*) AS patients, round(avg(time_months), 1) AS mean_months \
 	  FROM patients GROUP BY event ORDER BY event"
 	$(BIN)/cftrain run --cohort DEMO --preset demo --store demo/store --out demo/run --jobs 4
+	$(BIN)/cftrain heatmap demo/run --top 1
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
