@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
 from cftrain import zoo
 from cftrain.errors import ConfigError
 from cftrain.models.abmil import ABMIL
 from cftrain.models.base import SurvivalModel
 from cftrain.models.crossfusion import CrossFusion, CrossFusionConcat, CrossFusionSingle
 
-CROSSFUSIONS: dict[str, type[CrossFusion] | type[CrossFusionConcat] | type[CrossFusionSingle]] = {
+_CLASSES: Final[Mapping[str, Callable[[int, Any], SurvivalModel]]] = {
+    "abmil": ABMIL,
     "crossfusion": CrossFusion,
     "crossfusion-concat": CrossFusionConcat,
     "crossfusion-single": CrossFusionSingle,
@@ -42,6 +46,4 @@ def build(name: str, feature_dim: int, **options: object) -> SurvivalModel:
     config = zoo.model_options(name, options)
     if feature_dim < 1:
         raise ConfigError(f"{name}: feature_dim must be at least 1, got {feature_dim}")
-    if isinstance(config, zoo.CrossFusionConfig):
-        return CROSSFUSIONS[name](feature_dim, config)
-    return ABMIL(feature_dim, config)
+    return _CLASSES[name](feature_dim, config)

@@ -1,0 +1,46 @@
+"""What the options of all models share, and what one can know of a model before building it. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cftrain.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a model: a frozen dataclass, every field with a default; the defaults are the published settings."""
+
+    n_bins: int = 4
+    """Intervals of time."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What one can know of a model before building it."""
+
+    name: str
+    """What `--model` and `build` call it."""
+    scales: tuple[int, ...]
+    """The scales it reads with default options."""
+    reference: str
+    """The paper, and the code it was checked against."""
+    summary: str
+    """One line."""
+    options: type[Options]
+    """A frozen dataclass; its fields are the options of `build`."""
+    maps: Mapping[str, str]
+    """Name to meaning, one sentence: what `SurvivalModel.patch_maps` returns."""
+
+
+def check_positive(options: object, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {getattr(options, name)}")
+
+
+def check_rate(options: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(options, name) < 1:
+            raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(options, name)}")
