@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cftrain.cache import parse_cache
 from cftrain.errors import ConfigError
-from cftrain.zoo import model_options
+from cftrain.zoo import MODELS, model_options
 
 ModelOption = str | int | float | bool
 RECOMMENDED = "recommended"
@@ -170,7 +170,8 @@ def load_config(
     preset
         One of `presets()`.
     file
-        TOML with sections [data], [bins], [train], [model]; may name a preset itself.
+        TOML with sections [data], [bins], [train], [model]; may name a preset itself. A section named after a model,
+        such as [abmil], holds options of that model alone, before those of [model].
     flags
         Dotted keys to values, None for flags that were not given.
     settings
@@ -262,10 +263,13 @@ def _parse_setting(text: str) -> tuple[str, Any]:
 def _build(preset: str, values: Mapping[str, Any]) -> RunConfig:
     parts: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
     options: dict[str, Any] = {}
+    of_models: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
         if section == "model":
             options[name] = value
+        elif section in MODELS:
+            of_models.setdefault(section, {})[name] = value
         elif section in parts and name in _fields(_SECTIONS[section]):
             parts[section][name] = _checked(key, value, get_type_hints(_SECTIONS[section])[name])
         else:
@@ -274,11 +278,14 @@ def _build(preset: str, values: Mapping[str, Any]) -> RunConfig:
         parts["data"].setdefault("order", "shard")
     built = {section: kind(**parts[section]) for section, kind in _SECTIONS.items()}
     _check_ranges(built)
-    model = ModelConfig(str(options.pop("name", ModelConfig.name)), options)
-    if "n_bins" in options:
+    for name, own in of_models.items():
+        model_options(name, own)  # also of models that are not asked for now: a wrong name never goes unnoticed
+    name = str(options.pop("name", ModelConfig.name))
+    model = ModelConfig(name, {**options, **of_models.get(name, {})})
+    if "n_bins" in set(options).union(*of_models.values()):
         message = "model.n_bins follows bins.count; set that"
         raise ConfigError(message)
-    model_options(model.name, options)
+    model_options(model.name, model.options)
     return RunConfig(preset=preset, model=model, **built)
 
 

@@ -93,6 +93,36 @@ def test_unknown_models_options_and_presets_are_refused_by_name():
         load_config(preset="papr")
 
 
+def test_a_models_own_section_counts_for_that_model_alone(tmp_path):
+    file = tmp_path / "several.toml"
+    file.write_text("[abmil]\ndropout = 0.25\n[crossfusion]\nembed_dim = 64\n")
+    models = {name: load_config(file=file, flags={"model.name": name}).model for name in ("abmil", "crossfusion")}
+    assert models["abmil"].options == {"dropout": 0.25}
+    assert models["crossfusion"].options == {"embed_dim": 64}
+    again = load_config(
+        file=file, flags={"model.name": "abmil"}, settings=["abmil.dropout=0.5", "crossfusion.n_heads=2"]
+    )
+    assert again.model.options == {"dropout": 0.5}
+    (tmp_path / "resolved.toml").write_text(to_toml(again))
+    assert "crossfusion" not in to_toml(again)
+    assert load_config(file=tmp_path / "resolved.toml").model.options["dropout"] == 0.5
+
+
+def test_a_models_own_section_counts_more_than_the_common_one():
+    settings = ["abmil.hidden_dim=8", "model.hidden_dim=16", "model.attention_dim=4"]
+    options = load_config(flags={"model.name": "abmil"}, settings=settings).model.options
+    assert options == {"hidden_dim": 8, "attention_dim": 4}
+
+
+@pytest.mark.parametrize(
+    ("setting", "found"),
+    [("abmil.dropuot=0.5", "dropout"), ("abmil.dropout=2", "below 1"), ("abmil.n_bins=3", "bins.count")],
+)
+def test_a_section_of_a_model_that_is_not_asked_for_is_checked_all_the_same(setting, found):
+    with pytest.raises(ConfigError, match=found):
+        load_config(flags={"model.name": "crossfusion"}, settings=[setting])
+
+
 def test_a_broken_toml_file_is_named(tmp_path):
     file = tmp_path / "broken.toml"
     file.write_text("[train\nepochs = 3")
