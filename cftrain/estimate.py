@@ -58,8 +58,8 @@ def _repeats(model: SurvivalModel, batch: BagBatch, device: torch.device, budget
         begun = time.perf_counter()
         model.zero_grad(set_to_none=True)
         with _autocast(device):
-            logits = model(batch).logits
-        torch.autograd.backward(logits.sum())
+            parts = model.training_logits(batch)
+        torch.autograd.backward([logits.sum() for _, logits in parts])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - begun)

@@ -122,9 +122,9 @@ class _Counter:
             batch = self._batch(patches)
             features = storages.now - held
             with self._autocast():
-                logits = model(batch).logits
+                parts = [logits.float() for _, logits in model.training_logits(batch)]
             saved = storages.now - held - features
-            torch.autograd.backward(logits.sum())
+            torch.autograd.backward([logits.sum() for logits in parts])
             transient = storages.peak - held - features - saved
         return Footprint(weights, 3 * weights, features, saved, transient, RESERVE[self._device_type])
 

@@ -8,7 +8,7 @@ the last rounding, for any number of processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -26,6 +26,8 @@ from cftrain.survival.losses import ce_survival, cox_loss, nll_survival
 
 Bags = Callable[[Sequence[Visit]], BagBatch]
 """The batch of a pack, on the device of the model."""
+_Parts = tuple[tuple[float, Tensor], ...]
+"""What `SurvivalModel.training_logits` gives: weights and logits [B, K]."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,15 @@ def train_step(
     factors = _cox_factors(model, task, bags, labels, losses, ranks) if config.loss == "cox" else None
     gradients = _Gradients(model, alone=ranks.world == 1 and len(task.packs) == 1)
     for index in task.own:
-        logits = _logits(model, bags(task.packs[index]), task.seeds[index])
+        parts = _parts(model, bags(task.packs[index]), task.seeds[index])
         rows = slices[index]
         if factors is None:
-            each = _losses(logits, labels, rows, config)
+            each = _losses(parts, labels, rows, config)
             losses[rows] = each.detach()
             torch.autograd.backward(each.sum() / len(task.visits))
         else:
-            torch.autograd.backward((logits.float()[:, 0] * factors[rows]).sum())
+            along = zip(parts, factors, strict=True)
+            torch.autograd.backward([(logits.float()[:, 0] * of[rows]).sum() for (_, logits), of in along])
         gradients.add()
     if factors is None:
         ranks.sum_(losses)
@@ -155,37 +158,53 @@ class _Labels:
         return cls(torch.from_numpy(bins.assign(months)).to(device), event, torch.from_numpy(months).to(device))
 
 
-def _logits(model: SurvivalModel, batch: BagBatch, seed: int) -> Tensor:
+def _parts(model: SurvivalModel, batch: BagBatch, seed: int) -> _Parts:
     """Logits with the dropout masks of that seed."""
     torch.manual_seed(seed)
     with autocast(next(model.parameters()).device):
-        logits: Tensor = model(batch).logits
-    return logits
+        return model.training_logits(batch)
 
 
-def _losses(logits: Tensor, labels: _Labels, rows: slice, config: TrainConfig) -> Tensor:
+def _losses(parts: _Parts, labels: _Labels, rows: slice, config: TrainConfig) -> Tensor:
+    """One for each visit, in nats: [B]."""
     loss = ce_survival if config.loss == "ce" else nll_survival
-    return loss(logits, labels.time_bin[rows], labels.event[rows], alpha=config.alpha, reduction="none")
+    time_bin, event = labels.time_bin[rows], labels.event[rows]
+    return _weighted((w, loss(logits, time_bin, event, alpha=config.alpha, reduction="none")) for w, logits in parts)
+
+
+def _weighted(parts: Iterable[tuple[float, Tensor]]) -> Tensor:
+    """The weighted sum; nothing is computed where there is one part of weight 1."""
+    total, *others = (each if weight == 1 else weight * each for weight, each in parts)
+    for other in others:
+        total = total + other
+    return total
 
 
 def _cox_factors(model: SurvivalModel, task: Task, bags: Bags, labels: _Labels, losses: Tensor, ranks: Ranks) -> Tensor:
-    """The gradient of the step's partial likelihood by each visit's log hazard: [visits].
+    """The gradient of the step's weighted partial likelihoods by each visit's log hazards: [parts, visits].
 
     The likelihood compares all slides of the step, which need not fit in one forward pass, or one process: the
     log hazards are computed first, and each pass is made again for its backward, with the same dropout masks.
     """
-    log_hazard = torch.zeros(len(task.visits), dtype=torch.float32, device=losses.device)
-    slices = task.slices()
+    own: dict[int, Tensor] = {}
+    weights: tuple[float, ...] = ()
     with torch.no_grad():
         for index in task.own:
-            log_hazard[slices[index]] = _logits(model, bags(task.packs[index]), task.seeds[index])[:, 0].float()
+            parts = _parts(model, bags(task.packs[index]), task.seeds[index])
+            weights = tuple(weight for weight, _ in parts)
+            own[index] = torch.stack([logits[:, 0].float() for _, logits in parts])
+    weights = next(filter(None, ranks.gather(weights)))  # a process without a pack of the step has seen none
+    log_hazard = torch.zeros(len(weights), len(task.visits), dtype=torch.float32, device=losses.device)
+    for index, found in own.items():
+        log_hazard[:, task.slices()[index]] = found
     ranks.sum_(log_hazard)
     log_hazard.requires_grad_()
-    loss = cox_loss(log_hazard, labels.time_months, labels.event, reduction="mean")
+    each = (cox_loss(x, labels.time_months, labels.event, reduction="mean") for x in log_hazard)
+    loss = _weighted(zip(weights, each, strict=True))
     torch.autograd.backward(loss)
     factors = log_hazard.grad
     assert factors is not None  # noqa: S101 - it is a leaf
-    bad = ~torch.isfinite(log_hazard.detach())
+    bad = ~torch.isfinite(log_hazard.detach()).all(dim=0)
     losses.masked_fill_(bad, math.nan)
     losses[0] += torch.where(bad.any(), 0.0, loss.detach() * len(task.visits))
     return factors
@@ -254,11 +273,11 @@ def _alone(model: SurvivalModel, task: Task, bags: Bags, labels: _Labels, config
     rows = task.slices()[index]
     for at, visit in enumerate(task.packs[index]):
         place = rows.start + at
-        logits = _logits(model, bags((visit,)), task.seeds[index])
+        parts = _parts(model, bags((visit,)), task.seeds[index])
         if config.loss == "cox":
-            value = logits.float().sum()
+            value = _weighted((weight, logits.float().sum()) for weight, logits in parts)
         else:
-            value = _losses(logits, labels, slice(place, place + 1), config).sum()
+            value = _losses(parts, labels, slice(place, place + 1), config).sum()
         model.zero_grad(set_to_none=True)
         torch.autograd.backward(value)
         grads = [weight.grad for weight in model.parameters() if weight.grad is not None]

@@ -58,8 +58,8 @@ def models(name: str | None, as_json: bool) -> None:
 def import_weights(official: Path, out: Path | None, heads: int, force: bool, as_json: bool) -> None:
     """Turn weights of the authors' code (RustinS/CrossFusion) into a model of this package.
 
-    OFFICIAL is a state dict of CrossFusion, CrossFusionConcat, CrossFusionSingle or AMIL; which, and
-    its sizes, is read from the tensors. Nothing but tensors is loaded from it.
+    OFFICIAL is a state dict of CrossFusion, CrossFusionConcat, CrossFusionSingle, AMIL or DSMIL; which,
+    and its sizes, is read from the tensors. Nothing but tensors is loaded from it.
 
     \b
     Example:

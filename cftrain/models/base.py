@@ -53,6 +53,15 @@ class SurvivalModel(nn.Module):
     def logits(self, batch: BagBatch) -> Tensor:
         """Log-odds of the hazards of B slides: [B, K]."""
 
+    def training_logits(self, batch: BagBatch) -> tuple[tuple[float, Tensor], ...]:
+        """What training looks at: weights, and log-odds of the hazards [B, K]; their weighted losses are summed up.
+
+        The first are those of `logits`, which validation and prediction look at alone. A model with more, such as the
+        logits of a stream or a scale of its own, gives them all of one forward pass, as many and with the same
+        weights for every batch.
+        """
+        return ((1.0, self.logits(batch)),)
+
     @abstractmethod
     def logits_and_maps(self, batch: BagBatch) -> tuple[Tensor, dict[str, PatchMap]]:
         """Logits [B, K] of B slides in evaluation mode, and how much attention each patch receives.

@@ -10,12 +10,14 @@ from cftrain.errors import ConfigError
 from cftrain.models.abmil import ABMIL
 from cftrain.models.base import SurvivalModel
 from cftrain.models.crossfusion import CrossFusion, CrossFusionConcat, CrossFusionSingle
+from cftrain.models.dsmil import DSMIL
 
 _CLASSES: Final[Mapping[str, Callable[[int, Any], SurvivalModel]]] = {
     "abmil": ABMIL,
     "crossfusion": CrossFusion,
     "crossfusion-concat": CrossFusionConcat,
     "crossfusion-single": CrossFusionSingle,
+    "dsmil": DSMIL,
 }
 
 

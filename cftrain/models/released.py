@@ -54,6 +54,10 @@ _RENAMED = (
     (r"^attention_net\.2\.attention_b\.0\.", "attention.gate."),
     (r"^attention_net\.2\.attention_c\.", "attention.score."),
     (r"^classifiers\.", "head."),
+    # DSMIL
+    (r"^i_classifier\.fc\.0\.", "instance."),
+    (r"^b_classifier\.q\.", "query."),
+    (r"^b_classifier\.fcc\.", "head."),
 )
 
 
@@ -122,17 +126,23 @@ def released_model(state: Mapping[str, Tensor], *, n_heads: int = 4) -> Survival
     return model.eval()
 
 
-def _sizes(state: Mapping[str, Tensor], n_heads: int) -> tuple[str, int, dict[str, int]]:
+def _sizes(state: Mapping[str, Tensor], n_heads: int) -> tuple[str, int, dict[str, int | str]]:
     """The model's name, its feature_dim and the options that its tensors tell."""
+    options: dict[str, int | str]
     if "attention_net.0.weight" in state and "classifiers.weight" in state:
         hidden_dim, feature_dim = state["attention_net.0.weight"].shape
         attention_dim = len(state["attention_net.2.attention_a.0.bias"])
         options = {"hidden_dim": hidden_dim, "attention_dim": attention_dim, "n_bins": len(state["classifiers.bias"])}
         return "abmil", feature_dim, options
+    if "i_classifier.fc.0.weight" in state and "b_classifier.q.0.bias" in state:
+        n_bins, feature_dim = state["i_classifier.fc.0.weight"].shape
+        # the released code trains them so; predictions are the same in both variants
+        options = {"attention_dim": len(state["b_classifier.q.0.bias"]), "n_bins": n_bins, "variant": "faithful"}
+        return "dsmil", feature_dim, options
     if "final_ln.weight" not in state or "mlp_head.0.bias" not in state:
         some = ", ".join(sorted(state)[:5])
         raise WeightsError(
-            f"no released CrossFusion (or ablation, or AMIL) has these {len(state)} tensors: {some}, ..."
+            f"no released CrossFusion (or ablation, or AMIL, or DSMIL) has these {len(state)} tensors: {some}, ..."
         )
     embed_dim = len(state["final_ln.weight"])
     layers = {found[1] for key in state if (found := re.match(r"final_transformer\.pre_layers\.layers\.(\d+)\.", key))}

@@ -14,6 +14,7 @@ from typing import Any
 from cftrain.errors import ConfigError, UnknownModelError
 from cftrain.zoo.abmil import ABMIL, ABMILConfig
 from cftrain.zoo.crossfusion import CONCAT, CROSSFUSION, SINGLE, VARIANTS, CrossFusionConfig
+from cftrain.zoo.dsmil import DSMIL, DSMILConfig
 from cftrain.zoo.options import ModelInfo, Options
 
 __all__ = [
@@ -21,13 +22,14 @@ __all__ = [
     "VARIANTS",
     "ABMILConfig",
     "CrossFusionConfig",
+    "DSMILConfig",
     "ModelInfo",
     "Options",
     "model_info",
     "model_options",
 ]
 
-MODELS: Mapping[str, ModelInfo] = {model.name: model for model in (ABMIL, CROSSFUSION, CONCAT, SINGLE)}
+MODELS: Mapping[str, ModelInfo] = {model.name: model for model in (ABMIL, CROSSFUSION, CONCAT, SINGLE, DSMIL)}
 
 
 def model_info(name: str) -> ModelInfo:

@@ -17,6 +17,7 @@ SLIDES = {"a": {5: 10, 10: 40, 20: 950}, "b": {5: 30, 10: 160, 20: 610}, "c": {5
     ("name", "options"),
     [
         ("abmil", {}),
+        ("dsmil", {}),
         pytest.param("crossfusion", {"embed_dim": 64}, marks=pytest.mark.slow),
         pytest.param("crossfusion", {}, marks=pytest.mark.slow),
         pytest.param("crossfusion-single", {}, marks=pytest.mark.slow),

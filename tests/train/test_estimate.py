@@ -17,7 +17,7 @@ def seconds(model, patches):
     return used * seconds_per_patch(model, patches, CPU, budget_seconds=0.3)
 
 
-@pytest.mark.parametrize(("name", "options"), [("abmil", {}), ("crossfusion", {"embed_dim": 32})])
+@pytest.mark.parametrize(("name", "options"), [("abmil", {}), ("crossfusion", {"embed_dim": 32}), ("dsmil", {})])
 def test_a_slide_of_many_patches_takes_longer_than_one_of_few(name, options):
     model = build(name, 64, **options)
     few, many = ({5: n // 4, 10: n, 20: 4 * n} for n in (16, 1000))

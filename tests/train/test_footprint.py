@@ -15,6 +15,7 @@ from cfkernels import using
 from cftrain.errors import ConfigError, MissingScaleError, UnknownModelError
 from cftrain.footprint import RESERVE, training_footprint
 from cftrain.models import BagBatch, build
+from cftrain.models.abmil import ABMIL
 from cftrain.survival.losses import nll_survival
 
 DIM = 24
@@ -26,6 +27,7 @@ MODELS = [
     ("crossfusion", {"embed_dim": DIM}),
     ("crossfusion-concat", {"embed_dim": 16}),
     ("crossfusion-single", {"embed_dim": 16}),
+    ("dsmil", {"attention_dim": 16}),
 ]
 LARGEST = {5: 8624, 10: 34498, 20: 137990}
 TRITON = ("attention", "dropout_add", "gelu_dropout", "grouped_window_conv", "layer_norm", "mix_layer_norms", "ppeg")
@@ -50,8 +52,8 @@ def test_what_is_counted_as_saved_is_what_autograd_keeps_of_a_real_step(name, op
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = model(BagBatch.pack(["slide"], [bags])).logits
-    others = storages([*model.parameters(), *bags.values(), logits])
+        parts = model.training_logits(BagBatch.pack(["slide"], [bags]))
+    others = storages([*model.parameters(), *bags.values(), *(logits for _, logits in parts)])
     real = sum(storage.nbytes() for key, storage in kept.items() if key not in others)
     found = training_footprint(name, options, DIM, patches, device_type="cpu")
     # a few numbers per slide are alive without being kept: the logits, the seeds of dropout
@@ -64,7 +66,8 @@ def test_weights_and_optimiser_are_those_of_a_real_adam(name, options):
     patches = {5: 2, 10: 3, 20: 5}
     model = build(name, DIM, **options).train()
     optimizer = torch.optim.Adam(model.parameters())
-    model(BagBatch.pack(["slide"], [real_bags(model, patches)])).logits.sum().backward()
+    parts = model.training_logits(BagBatch.pack(["slide"], [real_bags(model, patches)]))
+    sum(logits.sum() for _, logits in parts).backward()
     optimizer.step()
     held = [p.grad for p in model.parameters()]
     held += [state[moment] for state in optimizer.state.values() for moment in ("exp_avg", "exp_avg_sq")]
@@ -83,6 +86,15 @@ def test_the_worst_moment_of_gated_attention_is_what_a_pencil_says():
     # kept: h, and tanh, sigmoid and their product of half its width; scores and attention of 1 column
     assert found.saved == pytest.approx(4 * n * hidden * 2.5, rel=0.01)
     assert 2 * 4 * n * hidden <= found.transient < 3 * 4 * n * hidden
+
+
+def test_all_that_training_looks_at_is_counted(monkeypatch):
+    """A model that passes twice over its bag in training keeps twice as much."""
+    once = training_footprint("abmil", {}, 64, {20: 3000}, device_type="cpu")
+    twice = lambda model, batch: ((0.5, model.logits(batch)), (0.5, model.logits(batch)))  # noqa: E731
+    monkeypatch.setattr(ABMIL, "training_logits", twice)
+    found = training_footprint("abmil", {}, 64, {20: 3000}, device_type="cpu")
+    assert found.saved == pytest.approx(2 * once.saved, rel=0.001)
 
 
 def test_half_features_cost_half_and_a_copy_on_a_cpu():
@@ -192,6 +204,7 @@ print(resident("VmHWM") - before)
         ("abmil", {}, 2000),
         ("abmil", {}, 4000),
         ("abmil", {}, 16000),
+        ("dsmil", {}, 16000),
         ("crossfusion", {"embed_dim": 64}, 1024),
         ("crossfusion", {"embed_dim": 64}, 2500),
         ("crossfusion", {"embed_dim": 64}, 5000),

@@ -22,6 +22,7 @@ SMALL = {
     "crossfusion, as the paper's text": {"embed_dim": 32, "n_heads": 4, "variant": "text"},
     "crossfusion, two layers": {"embed_dim": 32, "n_heads": 4, "n_layers": 2},
     "crossfusion, features of its width": {"embed_dim": D, "n_heads": 4},
+    "dsmil": {"attention_dim": 16},
 }
 
 
@@ -49,21 +50,24 @@ def pack(bags):
     return BagBatch.pack([f"slide-{i}" for i in range(len(bags))], bags)
 
 
-def gradients(model, outputs):
+def gradients(model, batches):
+    """Of all that training looks at."""
     weights = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
     model.zero_grad()
-    sum((output.survival * weights).sum() for output in outputs).backward()
+    for batch in batches:
+        of_parts = [w * SurvivalOutput.from_logits(logits).survival for w, logits in model.training_logits(batch)]
+        (sum(of_parts) * weights).sum().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def test_packing_unequal_bags_changes_neither_outputs_nor_gradients(model):
     bags = make_bags((2, 7, 19), (1, 1, 1), (6, 16, 70))
-    together = model(pack(bags))
-    alone = [model(BagBatch.pack(["alone"], [bag])) for bag in bags]
+    packed, single = pack(bags), [BagBatch.pack(["alone"], [bag]) for bag in bags]
+    together, alone = model(packed), [model(batch) for batch in single]
     for field in SurvivalOutput._fields:
         expected = torch.cat([getattr(output, field) for output in alone])
         assert_close(getattr(together, field), expected, rtol=0, atol=1e-10)
-    assert_close(gradients(model, [together]), gradients(model, alone), rtol=0, atol=1e-10)
+    assert_close(gradients(model, [packed]), gradients(model, single), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("variant", zoo.VARIANTS)
@@ -98,16 +102,27 @@ SIZES = {
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 def test_awkward_bags_give_probabilities_that_fall_with_time_and_finite_gradients(model, size):
-    output = model(pack(make_bags(size)))
+    batch = pack(make_bags(size))
+    output = model(batch)
     assert [list(value.shape) for value in output] == [[1, 4], [1, 4], [1, 4], [1]]
     assert ((output.hazards > 0) & (output.hazards < 1)).all()
     assert (output.survival.diff(dim=1) <= 0).all()
     assert (output.survival[:, 0] <= 1).all()
     assert_close(output.risk, -output.survival.sum(dim=1))
-    assert all(gradient.isfinite().all() for gradient in gradients(model, [output]).values())
+    assert all(gradient.isfinite().all() for gradient in gradients(model, [batch]).values())
 
 
 @pytest.mark.parametrize("name", available())
+def test_the_first_that_training_looks_at_are_the_logits_and_weights_add_up_to_one(name):
+    model = build(name, D, **SMALL[name]).eval()
+    batch = pack(make_bags((2, 7, 19), (3, 4, 5), dtype=torch.float32))
+    parts = model.training_logits(batch)
+    assert sum(weight for weight, _ in parts) == 1
+    assert {logits.shape for _, logits in parts} == {(2, 4)}
+    assert torch.equal(parts[0][1], model.logits(batch))
+
+
+@pytest.mark.parametrize("name", [name for name in available() if name != "dsmil"])  # it has no dropout
 def test_evaluation_is_deterministic_and_training_drops(name):
     model = build(name, D, **SMALL[name], **({"dropout": 0.25} if name == "abmil" else {}))
     batch = pack(make_bags((4, 12, 40), dtype=torch.float32))
@@ -142,7 +157,7 @@ def test_float16_features_are_computed_in_the_precision_of_the_parameters(name):
     assert model(batch).risk.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["abmil", "crossfusion", "crossfusion, features of its width"])
+@pytest.mark.parametrize("name", ["abmil", "crossfusion", "crossfusion, features of its width", "dsmil"])
 def test_bfloat16_autocast_stays_close_and_answers_in_float32(name):
     torch.manual_seed(2)
     model = build(name.split(",")[0], D, **SMALL[name]).train(False)
@@ -180,7 +195,7 @@ def test_half_precision_logits_are_answered_in_float32(dtype):
     assert {value.dtype for value in SurvivalOutput.from_logits(torch.zeros(2, 4, dtype=dtype))} == {torch.float32}
 
 
-@pytest.mark.parametrize(("name", "expected"), [("abmil", 789_765)])
+@pytest.mark.parametrize(("name", "expected"), [("abmil", 789_765), ("dsmil", 168_200)])
 def test_default_models_have_as_many_parameters_as_the_released_ones(name, expected):
     with torch.device("meta"):
         model = build(name, 1024)

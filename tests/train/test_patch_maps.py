@@ -20,7 +20,7 @@ from cftrain.models.patch_maps import on_patches
 from cftrain.models.released import from_released, released_model
 
 D = 24
-SMALL = {"abmil": {"hidden_dim": 16, "attention_dim": 8, "dropout": 0.25}}
+SMALL = {"abmil": {"hidden_dim": 16, "attention_dim": 8, "dropout": 0.25}, "dsmil": {"attention_dim": 8}}
 CROSSFUSION = {"embed_dim": 32, "n_heads": 4}
 SIZES = ((3, 7, 19), (1, 1, 1), (2, 17, 65), (4, 9, 16), (5, 2, 3))
 """Patches at 5x, 10x, 20x: padded grids, grids that are full, a single patch, a pad as long as the bag."""
