@@ -195,8 +195,9 @@ def _cox_factors(model: SurvivalModel, task: Task, bags: Bags, labels: _Labels, 
             own[index] = torch.stack([logits[:, 0].float() for _, logits in parts])
     weights = next(filter(None, ranks.gather(weights)))  # a process without a pack of the step has seen none
     log_hazard = torch.zeros(len(weights), len(task.visits), dtype=torch.float32, device=losses.device)
+    slices = task.slices()
     for index, found in own.items():
-        log_hazard[:, task.slices()[index]] = found
+        log_hazard[:, slices[index]] = found
     ranks.sum_(log_hazard)
     log_hazard.requires_grad_()
     each = (cox_loss(x, labels.time_months, labels.event, reduction="mean") for x in log_hazard)
