@@ -117,7 +117,7 @@ def check(bag: str, args: argparse.Namespace, device: torch.device) -> list[str]
     tolerance = 1e-3
     largest = max(parameter.grad.norm().item() for parameter in models["plain"].parameters())
     for name, parameter in models["plain"].named_parameters():
-        at, half = place(name)
+        at, half = place(name, "crossfusion")
         gradient = models["ours"].get_parameter(at).grad
         gradient = (gradient if half is None else gradient.chunk(2)[half]).reshape(parameter.shape)
         error, size = (x.norm().item() for x in (gradient - parameter.grad, parameter.grad))

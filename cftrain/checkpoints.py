@@ -105,7 +105,7 @@ def load_released(path: Path, *, n_heads: int = 4) -> SurvivalModel:
     path
         A `.pt` file of tensors by name, alone or under "state_dict" or "model_state_dict", or safetensors.
     n_heads
-        The one size that the tensors do not tell; 4 in all published models.
+        Of CrossFusion, whose tensors do not tell; 4 in all published models.
 
     Raises
     ------

@@ -52,14 +52,16 @@ def models(name: str | None, as_json: bool) -> None:
 @click.command("import-weights")
 @click.argument("official", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Where to write [default: OFFICIAL.safetensors].")
-@click.option("--heads", type=click.IntRange(min=1), default=4, show_default=True, help="The tensors do not tell.")
+@click.option(
+    "--heads", type=click.IntRange(min=1), default=4, show_default=True, help="Of CrossFusion: its tensors do not tell."
+)
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def import_weights(official: Path, out: Path | None, heads: int, force: bool, as_json: bool) -> None:
     """Turn weights of the authors' code (RustinS/CrossFusion) into a model of this package.
 
-    OFFICIAL is a state dict of CrossFusion, CrossFusionConcat, CrossFusionSingle, AMIL or DSMIL; which,
-    and its sizes, is read from the tensors. Nothing but tensors is loaded from it.
+    OFFICIAL is a state dict of CrossFusion, CrossFusionConcat, CrossFusionSingle, AMIL, DSMIL or TransMIL;
+    which, and its sizes, is read from the tensors. Nothing but tensors is loaded from it.
 
     \b
     Example:

@@ -118,7 +118,7 @@ def notes(
         if own.get("completeness_gap", 0) > _MISSED
     ]
     found += [
-        f"{name}: the class token keeps {100 * own['attention_elsewhere']:.1f} % of its attention for itself"
+        f"{name}: {100 * own['attention_elsewhere']:.1f} % of its attention is for the class token or padding, no patch"
         for name, own in facts.items()
         if own.get("attention_elsewhere", 0) > 0
     ]

@@ -68,7 +68,7 @@ class Layer:
         As computed. Attention: the share of the attention that the patch receives, all add up to at most 1.
         Attribution: how much it raises (above 0) or lowers the risk.
     kind
-        "attention" is never negative; "attribution" is signed.
+        "attention" is not negative, or hardly so where the model approximates it; "attribution" is signed.
     meaning
         What the score is, one sentence.
     """

@@ -70,8 +70,9 @@ class SurvivalModel(nn.Module):
 
         A model returns the maps that `cftrain.zoo.MODELS[name].maps` lists, no others and in that order, all of one
         forward pass `with self.evaluating(), torch.no_grad()`: the same in training and evaluation. Every patch of a
-        map's scale has one score, from 0 to 1; keys that stand for a patch besides its own, such as padding, count for
-        it (`patch_maps.on_patches`); what keys that stand for no patch receive is `elsewhere`. No table of queries and
+        map's scale has one score, from 0 to 1, or slightly below 0 where the model's own attention is an approximation
+        and the map's entry says so; keys that stand for a patch besides its own, such as padding, count for it
+        (`patch_maps.on_patches`); what keys that stand for no patch receive is `elsewhere`. No table of queries and
         keys is made (`attention_maps`).
 
         Parameters

@@ -11,6 +11,7 @@ from cftrain.models.abmil import ABMIL
 from cftrain.models.base import SurvivalModel
 from cftrain.models.crossfusion import CrossFusion, CrossFusionConcat, CrossFusionSingle
 from cftrain.models.dsmil import DSMIL
+from cftrain.models.transmil import TransMIL
 
 _CLASSES: Final[Mapping[str, Callable[[int, Any], SurvivalModel]]] = {
     "abmil": ABMIL,
@@ -18,6 +19,7 @@ _CLASSES: Final[Mapping[str, Callable[[int, Any], SurvivalModel]]] = {
     "crossfusion-concat": CrossFusionConcat,
     "crossfusion-single": CrossFusionSingle,
     "dsmil": DSMIL,
+    "transmil": TransMIL,
 }
 
 

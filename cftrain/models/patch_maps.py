@@ -16,7 +16,7 @@ class PatchMap(NamedTuple):
     scores: tuple[Tensor, ...]
     """Per slide [N_b] float64 on the CPU, in the stored order of the patches: the share that each receives."""
     elsewhere: tuple[float, ...]
-    """Per slide: the share that no patch receives, such as a class token's own."""
+    """Per slide: the share that no patch receives, such as a class token's own, or that of padding with zeros."""
 
 
 def on_patches(received: Sequence[Tensor], scale: int, lengths: Sequence[int], *, class_tokens: int = 0) -> PatchMap:

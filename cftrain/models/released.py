@@ -59,6 +59,20 @@ _RENAMED = (
     (r"^b_classifier\.q\.", "query."),
     (r"^b_classifier\.fcc\.", "head."),
 )
+_RENAMED_TRANSMIL = (
+    (r"^_fc1\.0\.", "projection."),
+    (r"^cls_token$", "class_token"),
+    (r"^pos_layer\.proj\.", "ppeg.conv7."),
+    (r"^pos_layer\.proj1\.", "ppeg.conv5."),
+    (r"^pos_layer\.proj2\.", "ppeg.conv3."),
+    (r"\.attn\.to_qkv\.", ".attention.query_key_value."),
+    (r"\.attn\.to_out\.0\.", ".attention.out."),
+    (r"\.attn\.res_conv\.", ".attention.convolution."),
+    (r"^_fc2\.", "head."),
+)
+
+
+_Options = dict[str, int | str]
 
 
 class Place(NamedTuple):
@@ -70,10 +84,10 @@ class Place(NamedTuple):
     """0 or 1 where it is the first or second half of our rows (keys, values); None where it is all of it."""
 
 
-def place(released: str) -> Place:
-    """Find our name for one key of a released state dict."""
+def place(released: str, model_name: str) -> Place:
+    """Find our name for one key of the released state dict of a model."""
     name = released
-    for pattern, replacement in _RENAMED:
+    for pattern, replacement in _RENAMED_TRANSMIL if model_name == "transmil" else _RENAMED:
         name = re.sub(pattern, replacement, name)
     for half, part in enumerate((".k_proj.", ".v_proj.")):
         if part in name:
@@ -91,7 +105,7 @@ def from_released(state: Mapping[str, Tensor], model: SurvivalModel) -> dict[str
     """
     parts: dict[str, list[Tensor]] = {}
     for key in sorted(state):  # k_proj before v_proj
-        parts.setdefault(place(key).name, []).append(state[key])
+        parts.setdefault(place(key, model.name).name, []).append(state[key])
     own = model.state_dict()
     if parts.keys() != own.keys():
         odd = ", ".join(sorted(parts.keys() ^ own.keys()))
@@ -110,7 +124,8 @@ def _fitted(name: str, released: list[Tensor], own: Tensor) -> Tensor:
 def released_model(state: Mapping[str, Tensor], *, n_heads: int = 4) -> SurvivalModel:
     """Build the model that a released state dict belongs to, with its weights, in evaluation mode.
 
-    Model and sizes are read from the tensors. The number of heads leaves no trace in them.
+    Model and sizes are read from the tensors, but for two that leave no trace there: CrossFusion's number of heads, and
+    TransMIL's of landmarks, half its width in the authors' code.
 
     Raises
     ------
@@ -126,35 +141,59 @@ def released_model(state: Mapping[str, Tensor], *, n_heads: int = 4) -> Survival
     return model.eval()
 
 
-def _sizes(state: Mapping[str, Tensor], n_heads: int) -> tuple[str, int, dict[str, int | str]]:
+def _sizes(state: Mapping[str, Tensor], n_heads: int) -> tuple[str, int, _Options]:
     """The model's name, its feature_dim and the options that its tensors tell."""
-    options: dict[str, int | str]
-    if "attention_net.0.weight" in state and "classifiers.weight" in state:
-        hidden_dim, feature_dim = state["attention_net.0.weight"].shape
-        attention_dim = len(state["attention_net.2.attention_a.0.bias"])
-        options = {"hidden_dim": hidden_dim, "attention_dim": attention_dim, "n_bins": len(state["classifiers.bias"])}
-        return "abmil", feature_dim, options
-    if "i_classifier.fc.0.weight" in state and "b_classifier.q.0.bias" in state:
-        n_bins, feature_dim = state["i_classifier.fc.0.weight"].shape
-        # the released code trains them so; predictions are the same in both variants
-        options = {"attention_dim": len(state["b_classifier.q.0.bias"]), "n_bins": n_bins, "variant": "faithful"}
-        return "dsmil", feature_dim, options
-    if "final_ln.weight" not in state or "mlp_head.0.bias" not in state:
-        some = ", ".join(sorted(state)[:5])
-        raise WeightsError(
-            f"no released CrossFusion (or ablation, or AMIL, or DSMIL) has these {len(state)} tensors: {some}, ..."
-        )
+    if {"attention_net.0.weight", "attention_net.2.attention_a.0.bias", "classifiers.bias"} <= state.keys():
+        return "abmil", *_abmil_sizes(state)
+    if {"i_classifier.fc.0.weight", "b_classifier.q.0.bias"} <= state.keys():
+        return "dsmil", *_dsmil_sizes(state)
+    if {"_fc1.0.weight", "layer1.attn.res_conv.weight", "_fc2.bias"} <= state.keys():
+        return "transmil", *_transmil_sizes(state)
+    if {"final_ln.weight", "mlp_head.0.bias"} <= state.keys():
+        return _kind(state), *_crossfusion_sizes(state, n_heads)
+    some = ", ".join(sorted(state)[:5])
+    raise WeightsError(
+        f"no released CrossFusion (or ablation, or AMIL, DSMIL or TransMIL) has these {len(state)} tensors: {some}, ..."
+    )
+
+
+def _abmil_sizes(state: Mapping[str, Tensor]) -> tuple[int, _Options]:
+    hidden_dim, feature_dim = state["attention_net.0.weight"].shape
+    attention_dim = len(state["attention_net.2.attention_a.0.bias"])
+    n_bins = len(state["classifiers.bias"])
+    return feature_dim, {"hidden_dim": hidden_dim, "attention_dim": attention_dim, "n_bins": n_bins}
+
+
+def _dsmil_sizes(state: Mapping[str, Tensor]) -> tuple[int, _Options]:
+    n_bins, feature_dim = state["i_classifier.fc.0.weight"].shape
+    # the released code trains them so; predictions are the same in both variants
+    attention_dim = len(state["b_classifier.q.0.bias"])
+    return feature_dim, {"attention_dim": attention_dim, "n_bins": n_bins, "variant": "faithful"}
+
+
+def _transmil_sizes(state: Mapping[str, Tensor]) -> tuple[int, _Options]:
+    embed_dim, feature_dim = state["_fc1.0.weight"].shape
+    options: _Options = {
+        "embed_dim": embed_dim,
+        "n_heads": len(state["layer1.attn.res_conv.weight"]),
+        "n_landmarks": max(1, embed_dim // 2),
+        "n_bins": len(state["_fc2.bias"]),
+    }
+    return feature_dim, options
+
+
+def _crossfusion_sizes(state: Mapping[str, Tensor], n_heads: int) -> tuple[int, _Options]:
     embed_dim = len(state["final_ln.weight"])
     layers = {found[1] for key in state if (found := re.match(r"final_transformer\.pre_layers\.layers\.(\d+)\.", key))}
     projections = (f"{part}.0.weight" for part in ("s_lin_proj", "source_pre_cross_attn"))
     widths = [state[key].shape[1] for key in projections if key in state]
-    options = {
+    options: _Options = {
         "embed_dim": embed_dim,
         "n_heads": n_heads,
         "n_layers": len(layers),
         "n_bins": len(state["mlp_head.0.bias"]),
     }
-    return _kind(state), widths[0] if widths else embed_dim, options
+    return widths[0] if widths else embed_dim, options
 
 
 def _kind(state: Mapping[str, Tensor]) -> str:

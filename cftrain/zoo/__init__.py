@@ -16,6 +16,7 @@ from cftrain.zoo.abmil import ABMIL, ABMILConfig
 from cftrain.zoo.crossfusion import CONCAT, CROSSFUSION, SINGLE, VARIANTS, CrossFusionConfig
 from cftrain.zoo.dsmil import DSMIL, DSMILConfig
 from cftrain.zoo.options import ModelInfo, Options
+from cftrain.zoo.transmil import TRANSMIL, TransMILConfig
 
 __all__ = [
     "MODELS",
@@ -25,11 +26,12 @@ __all__ = [
     "DSMILConfig",
     "ModelInfo",
     "Options",
+    "TransMILConfig",
     "model_info",
     "model_options",
 ]
 
-MODELS: Mapping[str, ModelInfo] = {model.name: model for model in (ABMIL, CROSSFUSION, CONCAT, SINGLE, DSMIL)}
+MODELS: Mapping[str, ModelInfo] = {model.name: model for model in (ABMIL, DSMIL, TRANSMIL, CROSSFUSION, CONCAT, SINGLE)}
 
 
 def model_info(name: str) -> ModelInfo:

@@ -12,7 +12,11 @@ from cftrain.models import BagBatch, SurvivalModel, SurvivalOutput, available, b
 from cftrain.zoo import ABMILConfig
 
 D = 12
-SMALL = {"abmil": {"hidden_dim": 16, "attention_dim": 8}, "dsmil": {"attention_dim": 8}}
+SMALL = {
+    "abmil": {"hidden_dim": 16, "attention_dim": 8},
+    "dsmil": {"attention_dim": 8},
+    "transmil": {"embed_dim": 16, "n_heads": 2, "n_landmarks": 8},
+}
 CROSSFUSION = {"embed_dim": 16, "n_heads": 2}
 SIZES = {5: 3, 10: 7, 20: 19}
 NLL, COX = risk_of("nll"), risk_of("cox")

@@ -18,17 +18,18 @@ SLIDES = {"a": {5: 10, 10: 40, 20: 950}, "b": {5: 30, 10: 160, 20: 610}, "c": {5
     [
         ("abmil", {}),
         ("dsmil", {}),
+        pytest.param("transmil", {}, marks=pytest.mark.slow),
         pytest.param("crossfusion", {"embed_dim": 64}, marks=pytest.mark.slow),
         pytest.param("crossfusion", {}, marks=pytest.mark.slow),
         pytest.param("crossfusion-single", {}, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_the_line_is_within_2_percent_of_the_count(name, options, device_type):
+def test_the_line_is_within_2_percent_of_the_count_and_of_transmil_within_9(name, options, device_type):
     cost = training_cost(name, options, 1024, device_type=device_type)
     for patches in ({5: 16, 10: 64, 20: 256}, {5: 895, 10: 3449, 20: 13496}, {5: 8624, 10: 34498, 20: 137990}):
         counted = training_footprint(name, options, 1024, patches, device_type=device_type).total
-        assert cost.nbytes(patches) == pytest.approx(counted, rel=0.02)
+        assert cost.nbytes(patches) == pytest.approx(counted, rel=0.09 if name == "transmil" else 0.02)
 
 
 def test_the_largest_slide_is_the_one_of_most_bytes_not_of_most_patches():

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from cftrain.models import BagBatch, build
 
 D = 24
-NAMES = ("crossfusion", "crossfusion-concat", "crossfusion-single")
+NAMES = ("crossfusion", "crossfusion-concat", "crossfusion-single", pytest.param("transmil", marks=pytest.mark.slow))
 
 
 def one_batch():

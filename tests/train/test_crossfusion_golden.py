@@ -1,4 +1,4 @@
-"""CrossFusion, its ablation and ABMIL against outputs of the released code, run in float64."""
+"""CrossFusion, its ablation, ABMIL and TransMIL against outputs of the released code, run in float64."""
 
 import json
 from pathlib import Path
@@ -20,6 +20,7 @@ CASES = [
         "CrossFusion": ("odd", "square", "tiny", "two", "five", "batch2"),
         "CrossFusionConcat": ("odd", "square", "tiny", "two", "five", "batch2"),
         "AMIL": ("odd", "square", "tiny", "two", "five"),
+        "TransMIL": ("odd", "square", "tiny", "two", "five"),
     }.items()
     for case in cases
 ]
@@ -140,7 +141,7 @@ MAPS = {
 }
 
 
-@pytest.mark.parametrize(("file", "case"), [pair for pair in CASES if pair[0] != "AMIL"])
+@pytest.mark.parametrize(("file", "case"), [pair for pair in CASES if pair[0].startswith("CrossFusion")])
 def test_attention_maps_equal_the_released_column_means_to_1e9(golden_files, file, case):
     golden = golden_files[file]
     with torch.no_grad(), attention_maps(golden.model, every_row=True) as maps:
@@ -153,7 +154,7 @@ def test_attention_maps_equal_the_released_column_means_to_1e9(golden_files, fil
 
 
 def released_gradient(model, key):
-    name, half = place(key)
+    name, half = place(key, model.name)
     gradient = model.get_parameter(name).grad
     return gradient if half is None else gradient.chunk(2)[half]
 
@@ -166,7 +167,7 @@ def assert_gradient_close(ours, theirs, name):
 
 def test_every_released_tensor_has_one_place_in_our_model(golden_files):
     for golden in golden_files.values():
-        places = [place(key) for key in golden.under("sd/")]
+        places = [place(key, golden.model.name) for key in golden.under("sd/")]
         assert len(set(places)) == len(places)
         assert {name for name, _ in places} == set(golden.model.state_dict())
 

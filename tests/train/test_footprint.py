@@ -28,6 +28,7 @@ MODELS = [
     ("crossfusion-concat", {"embed_dim": 16}),
     ("crossfusion-single", {"embed_dim": 16}),
     ("dsmil", {"attention_dim": 16}),
+    ("transmil", {"embed_dim": 16, "n_landmarks": 8}),
 ]
 LARGEST = {5: 8624, 10: 34498, 20: 137990}
 TRITON = ("attention", "dropout_add", "gelu_dropout", "grouped_window_conv", "layer_norm", "mix_layer_norms", "ppeg")
@@ -209,6 +210,8 @@ print(resident("VmHWM") - before)
         ("crossfusion", {"embed_dim": 64}, 2500),
         ("crossfusion", {"embed_dim": 64}, 5000),
         ("crossfusion", {}, 1024),
+        ("transmil", {}, 1024),
+        ("transmil", {}, 4000),
     ],
 )
 def test_a_real_step_on_a_cpu_rises_as_high_as_was_counted(name, options, n):
@@ -224,7 +227,9 @@ def test_a_real_step_on_a_cpu_rises_as_high_as_was_counted(name, options, n):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize(("name", "options"), [("abmil", {}), ("crossfusion", {}), ("crossfusion-single", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("abmil", {}), ("crossfusion", {}), ("crossfusion-single", {}), ("transmil", {})]
+)
 def test_a_real_step_on_a_gpu_allocates_as_much_as_was_counted(name, options):
     device, patches = torch.device("cuda"), {5: 895, 10: 3449, 20: 13496}
     model = build(name, 1024, **options).to(device).train()

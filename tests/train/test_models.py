@@ -19,6 +19,7 @@ SMALL = {
     "crossfusion": {"embed_dim": 32, "n_heads": 4},
     "crossfusion-concat": {"embed_dim": 32, "n_heads": 4},
     "crossfusion-single": {"embed_dim": 32, "n_heads": 4},
+    "transmil": {"embed_dim": 32, "n_heads": 4, "n_landmarks": 8},
     "crossfusion, as the paper's text": {"embed_dim": 32, "n_heads": 4, "variant": "text"},
     "crossfusion, two layers": {"embed_dim": 32, "n_heads": 4, "n_layers": 2},
     "crossfusion, features of its width": {"embed_dim": D, "n_heads": 4},
@@ -157,7 +158,7 @@ def test_float16_features_are_computed_in_the_precision_of_the_parameters(name):
     assert model(batch).risk.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["abmil", "crossfusion", "crossfusion, features of its width", "dsmil"])
+@pytest.mark.parametrize("name", ["abmil", "crossfusion", "crossfusion, features of its width", "dsmil", "transmil"])
 def test_bfloat16_autocast_stays_close_and_answers_in_float32(name):
     torch.manual_seed(2)
     model = build(name.split(",")[0], D, **SMALL[name]).train(False)
@@ -195,7 +196,7 @@ def test_half_precision_logits_are_answered_in_float32(dtype):
     assert {value.dtype for value in SurvivalOutput.from_logits(torch.zeros(2, 4, dtype=dtype))} == {torch.float32}
 
 
-@pytest.mark.parametrize(("name", "expected"), [("abmil", 789_765), ("dsmil", 168_200)])
+@pytest.mark.parametrize(("name", "expected"), [("abmil", 789_765), ("dsmil", 168_200), ("transmil", 2_673_172)])
 def test_default_models_have_as_many_parameters_as_the_released_ones(name, expected):
     with torch.device("meta"):
         model = build(name, 1024)
