@@ -61,7 +61,7 @@ def test_every_configuration_equals_the_plain_model_gradients_included(kind, siz
     (logits * weight).sum().backward()
     (theirs * weight).sum().backward()
     for key, parameter in plain.named_parameters():
-        name, half = place(key)
+        name, half = place(key, "crossfusion")
         gradient = ours.get_parameter(name).grad
         gradient = gradient if half is None else gradient.chunk(2)[half]
         expected = parameter.grad
@@ -72,7 +72,7 @@ def load(ours, released):
     """The float64 values themselves: `released_model` builds in float32."""
     with torch.no_grad():
         for key, value in released.items():
-            name, half = place(key)
+            name, half = place(key, "crossfusion")
             target = ours.get_parameter(name)
             target = target if half is None else target.chunk(2)[half]
             target.copy_(value.reshape(target.shape))
