@@ -210,8 +210,7 @@ print(resident("VmHWM") - before)
         ("crossfusion", {"embed_dim": 64}, 2500),
         ("crossfusion", {"embed_dim": 64}, 5000),
         ("crossfusion", {}, 1024),
-        ("transmil", {}, 1024),
-        ("transmil", {}, 4000),
+        ("transmil", {}, 4000),  # fewer drown in the landmarks, which the step that loads libraries has as well
     ],
 )
 def test_a_real_step_on_a_cpu_rises_as_high_as_was_counted(name, options, n):
