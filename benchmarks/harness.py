@@ -7,6 +7,7 @@ bytes that came from the device: a reader of the numbers can tell a quiet machin
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import mmap
 import multiprocessing
 import os
@@ -164,6 +165,15 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> No
         first, *rest = (cell.ljust(width) if i == 0 else cell.rjust(width)
                         for i, (cell, width) in enumerate(zip(line, widths, strict=True)))  # fmt: skip
         print("  ".join([first, *rest]), file=sys.stderr)
+
+
+def write_result(result: Mapping[str, Any], out: Path | None) -> None:
+    """The result as JSON, into a file or on stdout."""
+    text = json.dumps(result, indent=1)
+    if out:
+        out.write_text(text + "\n")
+    else:
+        print(text)
 
 
 class Ring:

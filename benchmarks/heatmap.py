@@ -24,7 +24,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from harness import commit, folder_bytes, machine, print_table, significant, versions
+from harness import commit, folder_bytes, machine, print_table, significant, versions, write_result
 from numpy.typing import NDArray
 
 from cfstore.synth import synthesize
@@ -147,11 +147,7 @@ def main() -> None:
         "cases": rows,
     }
     print_table(rows, ["case", "seconds", "explaining_seconds", "peak_gib", "written_mib"])
-    text = json.dumps(result, indent=1)
-    if told.out:
-        told.out.write_text(text + "\n")
-    else:
-        print(text)
+    write_result(result, told.out)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ the risk falls, in SD, without the 5 % of that scale's patches that score highes
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import commit, machine, print_table, versions
+from harness import commit, machine, print_table, versions, write_result
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
@@ -90,11 +89,7 @@ def main() -> None:
         "versions": versions(["torch", "numpy", "scipy"]),
         **commit(),
     }
-    text = json.dumps(result, indent=1)
-    if told.out:
-        told.out.write_text(text + "\n")
-    else:
-        print(text)
+    write_result(result, told.out)
 
 
 if __name__ == "__main__":

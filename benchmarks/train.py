@@ -19,7 +19,6 @@ The order of the ways is shuffled in every round; ratios are of medians.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import statistics
@@ -35,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch
-from harness import commit, machine, measure, print_table, significant, versions
+from harness import commit, machine, measure, print_table, significant, versions, write_result
 from torch.utils.data import DataLoader, Dataset
 
 import cfstore
@@ -235,11 +234,7 @@ def main() -> None:
         }  # fmt: skip
         print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
         print_table(table, list(table[0]))
-    text = json.dumps(result, indent=1)
-    if told.out:
-        told.out.write_text(text + "\n")
-    else:
-        print(text)
+    write_result(result, told.out)
 
 
 if __name__ == "__main__":

@@ -81,5 +81,5 @@ def _limits(summary: Mapping[str, Any]) -> str:
     return (
         f"{summary['slides_per_second']:,.0f} slides/s, {summary['patches_per_second']:,.0f} patches/s, "
         f"{size_text(summary['bytes_read'])} read; waiting for data {waited} of the time, computing the rest; "
-        f"peak memory {size_text(summary['peak_memory_bytes'])}"
+        f"peak memory of a process {size_text(summary['peak_memory_bytes'])}"
     )

@@ -59,9 +59,7 @@ def write_folder(heatmap: Heatmap, out: Path, image: SlideImage | None) -> Heatm
         write_viewer(listed, aside, image)
         (aside / ABOUT).write_text(_json(listed.about), encoding="utf-8")
         check_replaceable(out)
-        if out.exists():
-            out.rename(old)
-        aside.rename(out)
+        _replace(aside, out, old)
     except OSError as error:
         message = f"{out}: the heatmap cannot be written ({error}); name another folder with -o"
         raise RunError(message) from error
@@ -69,6 +67,18 @@ def write_folder(heatmap: Heatmap, out: Path, image: SlideImage | None) -> Heatm
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return listed
+
+
+def _replace(new: Path, out: Path, old: Path) -> None:
+    """Put `new` in the place of `out`, which is put back where that fails."""
+    if out.exists():
+        out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
 
 
 def _write_files(heatmap: Heatmap, folder: Path, image: SlideImage | None) -> list[str]:

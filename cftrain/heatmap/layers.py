@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Kind = Literal["attention", "attribution"]
+
+NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://pypi.org/project/crossfusion-store/heatmap")
+"""Of the ids in files: the same slide, scale and patch have the same id each time."""
 
 LEVEL0 = "level-0 pixels"
 FILE_ORDER = "file order"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -174,7 +174,8 @@ def heatmap_run(
     with _image(options.wsi, slide_id) as image:
         subject = find_subject(trained, source, slide_id)
         grids = grids_of(subject.bags, subject.catalog)
-        empty = Heatmap(slide_id, grids, (), *_size(subject, grids, image), {})
+        size, resolution = _size(grids, image), _resolution(subject, grids, image)
+        empty = Heatmap(slide_id, grids, (), size, resolution.mpp, {})
         _check_image(image, empty)
         members = choose_members(trained, subject, fold=options.fold, ensemble=options.ensemble)
         watch.on_stage(f"{slide_id}: {_counted(subject)}; {', '.join(names)} by {honesty(members, subject)}")
@@ -187,7 +188,7 @@ def heatmap_run(
             "normalisation": about.NORMALISATION,
             "agreement": agreement(explained.layers),
             "grids": about.of_grids(grids),
-            "notes": about.notes(members, subject, grids, explained.facts),
+            "notes": [*about.notes(members, subject, grids, explained.facts), *resolution.notes],
             "image": None if image is None else str(image.path),
             "size": list(empty.size),
             "mpp": empty.mpp,
@@ -243,14 +244,28 @@ def _counted(subject: Subject) -> str:
     return ", ".join(f"{bag.n_patches:,} patches at {scale}x" for scale, bag in sorted(subject.bags.items()))
 
 
-def _size(
-    subject: Subject, grids: Mapping[int, Grid], image: SlideImage | None
-) -> tuple[tuple[int, int], float | None]:
-    """Width and height of level 0, and microns per pixel: as the image says, else as the catalog does."""
+def _size(grids: Mapping[int, Grid], image: SlideImage | None) -> tuple[int, int]:
+    """Width and height of level 0: the image's, else as far as the patches reach."""
+    return image.size if image is not None else reach(grids)
+
+
+class _Resolution(NamedTuple):
+    """Microns per level-0 pixel, None where nobody knows; and what has to be said of it."""
+
+    mpp: float | None
+    notes: tuple[str, ...] = ()
+
+
+def _resolution(subject: Subject, grids: Mapping[int, Grid], image: SlideImage | None) -> _Resolution:
+    """As the image says, else the source files; else what a magnification mostly means, which is noted."""
     if any(grid.unit == FILE_ORDER for grid in grids.values()):
-        return reach(grids), None
+        return _Resolution(None)
     told = [row["mpp"] for row in subject.catalog if row["mpp"]]
-    nominal = [_NOMINAL / row["level0_magnification"] for row in subject.catalog if row["level0_magnification"]]
-    own = [image.mpp] if image is not None and image.mpp else []
-    mpp = next(iter([*own, *told, *nominal]), None)
-    return (image.size if image is not None else reach(grids)), mpp
+    known = [*([image.mpp] if image is not None and image.mpp else []), *told]
+    if known:
+        return _Resolution(float(known[0]))
+    levels = [row["level0_magnification"] for row in subject.catalog if row["level0_magnification"]]
+    if not levels:
+        return _Resolution(None)
+    mpp = _NOMINAL / levels[0]
+    return _Resolution(mpp, (f"microns are nominal, {mpp:g} per pixel for {levels[0]:g}x: no file gives them",))

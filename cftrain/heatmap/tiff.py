@@ -13,7 +13,7 @@ import numpy as np
 import tifffile
 
 from cftrain.heatmap.colours import Codes, Rgb, normalisation, palette, shares
-from cftrain.heatmap.layers import FILE_ORDER, Grid, Heatmap, Layer
+from cftrain.heatmap.layers import FILE_ORDER, NAMESPACE, Grid, Heatmap, Layer
 from cftrain.heatmap.raster import Cells, cells, paint
 
 _TILE = 256
@@ -22,7 +22,6 @@ _MOST_PIXELS = 16  # for a patch's side
 _SMALLEST = 512  # a pyramid ends at the first level whose longer side is no longer
 _WHITE = (255, 255, 255)
 _ZLIB: dict[str, Any] = {"tile": (_TILE, _TILE), "compression": "zlib", "software": "crossfusion-store"}
-_NAMES = uuid.uuid5(uuid.NAMESPACE_URL, "https://pypi.org/project/crossfusion-store/heatmap")
 
 
 def write_score_tiff(heatmap: Heatmap, scale: int, path: Path) -> None:
@@ -45,7 +44,7 @@ def write_score_tiff(heatmap: Heatmap, scale: int, path: Path) -> None:
     metadata: dict[str, Any] = {
         "axes": "CYX",
         "Name": f"{heatmap.slide_id} {scale}x",
-        "UUID": str(uuid.uuid5(_NAMES, f"{heatmap.slide_id}/{scale}")),  # the default changes with every writing
+        "UUID": str(uuid.uuid5(NAMESPACE, f"{heatmap.slide_id}/{scale}")),  # the default changes with every writing
         "Creator": "crossfusion-store",
         "Channel": {"Name": [layer.name for layer in layers]},
         "Plane": _positions(heatmap, placed, step, len(layers)),

@@ -33,7 +33,7 @@ def cost_rows(summary: Mapping[str, Any], config: str) -> list[tuple[str, str]]:
         ("Waiting for data", _with_share(summary.get("data_wait_seconds"), summary.get("data_wait_share"))),
         ("Computing", duration(summary.get("compute_seconds"))),
         ("Read from the store", _read(summary.get("bytes_read"), seconds)),
-        ("Most memory in use", size(summary.get("peak_memory_bytes"))),
+        ("Most memory of one process", size(summary.get("peak_memory_bytes"))),
         ("Patches per batch", count(_batch_patches(config))),
     ]
     return [(name, value) for name, value in rows if value != NOTHING]

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -152,6 +153,7 @@ def test_a_slide_that_the_run_does_not_know_is_explained_by_all_folds(crossfusio
     assert "does not know this slide's patient" in done.about["notes"][0]
     assert done.about["event"] is None
     assert done.about["mpp"] == 0.5  # level 0 is 20x
+    assert "microns are nominal, 0.5 per pixel for 20x: no file gives them" in done.about["notes"]
     parents = [grid["parents"] for grid in done.about["grids"]]
     assert parents[1:] == ["the grids nest: every 10x patch lies in one 5x patch",
                            "the grids nest: every 20x patch lies in one 10x patch"]  # fmt: skip
@@ -196,6 +198,23 @@ def test_a_heatmap_is_replaced_and_anything_else_is_not(abmil, tmp_path):
     with pytest.raises(RunError, match="holds something else than a heatmap"):
         heatmap_run(abmil, slide, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_heatmap_that_cannot_be_replaced_is_still_there(abmil, tmp_path, monkeypatch):
+    slide, _ = validated(abmil, 0)
+    first = heatmap_run(abmil, slide, tmp_path / "out")
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.name.endswith(".new"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(RunError, match="cannot be written"):
+        heatmap_run(abmil, slide, tmp_path / "out", options=HeatmapOptions(maps=("attention",)))
+    assert json.loads((tmp_path / "out" / "heatmap.json").read_text()) == first.about
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

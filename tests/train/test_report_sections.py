@@ -95,7 +95,7 @@ def page(tmp_path_factory):
         ("cost", "Time taken 17 min Slides per second 67.4 Patches per second 412,345.6"),
         ("cost", "Waiting for data 4 min (23 % of waiting and computing) Computing 13 min"),
         ("cost", "Read from the store 5.0 GiB, 5.0 MiB per second"),
-        ("cost", "Most memory in use 1.5 GiB"),
+        ("cost", "Most memory of one process 1.5 GiB"),
         ("who", "smoker missing in 1400 of 1789 patients age (per 10 years) 3 patients not in its fit"),
         ("who", "grade 89 patients not in its fit"),
         ("who", "All columns together 1,786 of 1,789 patients, 617 of 618 deaths in the fit"),
