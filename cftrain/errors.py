@@ -4,6 +4,7 @@
     ├── ConfigError               a setting that cannot be used (also ValueError)
     │   └── UnknownModelError     no model of this name
     ├── MissingScaleError         a model needs a scale that a slide lacks (also ValueError)
+    ├── MissingExtraError         a model needs coordinates, graphs or parents that a slide lacks (also ValueError)
     ├── ShapeError                features, lengths or widths disagree (also ValueError)
     ├── LeakageError              a patient on both sides of a fold
     ├── NonFiniteError            a loss, gradient or prediction is NaN or Inf
@@ -31,6 +32,10 @@ class UnknownModelError(ConfigError):
 
 class MissingScaleError(TrainError, ValueError):
     """A model needs patches at a scale where a slide has none."""
+
+
+class MissingExtraError(TrainError, ValueError):
+    """A model needs coordinates, graphs or parents of patches, and a slide or store has none."""
 
 
 class ShapeError(TrainError, ValueError):

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from cftrain.models import BagBatch, SurvivalModel
+from cftrain.models import BagBatch, SurvivalModel, made_up_slide
 
 
 def seconds_per_patch(
@@ -39,8 +39,8 @@ def seconds_per_patch(
     """
     before, training = {name: p.grad for name, p in model.named_parameters()}, model.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        bags = {scale: torch.randn(patches.get(scale, 0), model.feature_dim, device=device) for scale in model.scales}
-        batch = BagBatch.pack(["a slide drawn at random"], [bags])
+        sizes = {scale: patches.get(scale, 0) for scale in model.scales}
+        batch = made_up_slide(sizes, model.feature_dim, model.options.extras(), device=device)
         model.train()
         try:
             taken = _repeats(model, batch, device, budget_seconds)
@@ -59,7 +59,7 @@ def _repeats(model: SurvivalModel, batch: BagBatch, device: torch.device, budget
         model.zero_grad(set_to_none=True)
         with _autocast(device):
             parts = model.training_logits(batch)
-        torch.autograd.backward([logits.sum() for _, logits in parts])
+        torch.autograd.backward([logits.sum() for _, logits in parts if logits.requires_grad])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - begun)

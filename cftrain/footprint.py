@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cftrain.errors import ConfigError, MissingScaleError
-from cftrain.models import BagBatch, SurvivalModel, build
+from cftrain.models import BagBatch, SurvivalModel, build, made_up_slide
 
 RESERVE: Final = {"cpu": 64 << 20, "cuda": 256 << 20}
 """For what is not counted: tables of blocked attention (31 MiB), workspaces of oneDNN, cuBLAS and cuDNN. That of
@@ -124,7 +124,7 @@ class _Counter:
             with self._autocast():
                 parts = [logits.float() for _, logits in model.training_logits(batch)]
             saved = storages.now - held - features
-            torch.autograd.backward([logits.sum() for logits in parts])
+            torch.autograd.backward([logits.sum() for logits in parts if logits.requires_grad])
             transient = storages.peak - held - features - saved
         return Footprint(weights, 3 * weights, features, saved, transient, RESERVE[self._device_type])
 
@@ -138,9 +138,8 @@ class _Counter:
         for scale in model.scales:
             if patches.get(scale, 0) < 1:
                 raise MissingScaleError(f"{model.name} needs {scale}x, of which there is no patch")
-        sizes = {scale: (patches[scale], model.feature_dim) for scale in model.scales}
-        bags = {scale: torch.empty(size, dtype=self._dtype, device=self._device) for scale, size in sizes.items()}
-        return BagBatch.pack(["slide"], [bags])
+        sizes, extras = {scale: patches[scale] for scale in model.scales}, model.options.extras()
+        return made_up_slide(sizes, model.feature_dim, extras, device=self._device, dtype=self._dtype, random=False)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._device_type == "cpu":

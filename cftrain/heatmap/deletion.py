@@ -11,7 +11,7 @@ compare. Legend: N patches of the bag at one scale.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -162,9 +162,4 @@ def _check_scores(batch: BagBatch, scale: int, scores: NDArray[np.float64], cand
 def _without(batch: BagBatch, scale: int, dropped: Ints) -> BagBatch:
     keep = torch.ones(batch.lengths[scale], dtype=torch.bool)
     keep[torch.from_numpy(dropped)] = False
-    rows = batch.features[scale][keep.to(batch.features[scale].device)]
-    return replace(
-        batch,
-        features={**batch.features, scale: rows},
-        lengths={**batch.lengths, scale: (len(rows),)},
-    )
+    return batch.keeping(scale, keep)

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from cftrain.errors import MissingScaleError, ShapeError
+from cftrain.errors import MissingExtraError, MissingScaleError, ShapeError
 from cftrain.models.bags import BagBatch
+from cftrain.models.fitting import TrainingFold
 from cftrain.models.output import SurvivalOutput
 from cftrain.models.patch_maps import PatchMap
-from cftrain.zoo import Options
+from cftrain.zoo import Extra, Options
 
 
 class SurvivalModel(nn.Module):
@@ -52,6 +53,12 @@ class SurvivalModel(nn.Module):
     @abstractmethod
     def logits(self, batch: BagBatch) -> Tensor:
         """Log-odds of the hazards of B slides: [B, K]."""
+
+    def fit(self, fold: TrainingFold) -> None:
+        """Take what no optimiser step teaches from the training examples, into buffers; once, before the first step.
+
+        Buffers are kept with the weights, so that predictions need no training data.
+        """
 
     def training_logits(self, batch: BagBatch) -> tuple[tuple[float, Tensor], ...]:
         """What training looks at: weights, and log-odds of the hazards [B, K]; their weighted losses are summed up.
@@ -113,6 +120,18 @@ class SurvivalModel(nn.Module):
             widths = f"{rows.shape[1]} features a patch at {scale}x"
             raise ShapeError(f"{batch.slide_ids[0]}: {widths}, {self.name} was built for {self.feature_dim}")
         return rows.to(self._compute_dtype(rows.device.type))
+
+    def extra(self, batch: BagBatch, extra: Extra) -> Tensor:
+        """One of `options.extras()` of a batch: rows of the packed batch int64 (-1: none), coordinates int32.
+
+        Raises
+        ------
+        MissingExtraError
+            The batch lacks it; names its first slide.
+        """
+        if extra not in batch.extras:
+            raise MissingExtraError(f"{batch.slide_ids[0]}: {self.name} needs {extra.label}, which the batch lacks")
+        return batch.extras[extra]
 
     def _compute_dtype(self, device_type: str) -> torch.dtype:
         if torch.is_autocast_enabled(device_type):

@@ -15,6 +15,7 @@ from cftrain.errors import ConfigError, UnknownModelError
 from cftrain.zoo.abmil import ABMIL, ABMILConfig
 from cftrain.zoo.crossfusion import CONCAT, CROSSFUSION, SINGLE, VARIANTS, CrossFusionConfig
 from cftrain.zoo.dsmil import DSMIL, DSMILConfig
+from cftrain.zoo.extras import Extra
 from cftrain.zoo.options import ModelInfo, Options
 from cftrain.zoo.transmil import TRANSMIL, TransMILConfig
 
@@ -24,6 +25,7 @@ __all__ = [
     "ABMILConfig",
     "CrossFusionConfig",
     "DSMILConfig",
+    "Extra",
     "ModelInfo",
     "Options",
     "TransMILConfig",

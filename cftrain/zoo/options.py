@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cftrain.errors import ConfigError
+from cftrain.zoo.extras import Extra
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,10 @@ class Options:
 
     n_bins: int = 4
     """Intervals of time."""
+
+    def extras(self) -> tuple[Extra, ...]:
+        """What a model with these options reads of a slide besides features."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class ModelInfo:
     """A frozen dataclass; its fields are the options of `build`."""
     maps: Mapping[str, str]
     """Name to meaning, one sentence: what `SurvivalModel.patch_maps` returns."""
+    by_gradient: bool = True
+    """Whether it learns by steps of an optimiser; otherwise `SurvivalModel.fit` is all its training."""
 
 
 def check_positive(options: object, *names: str) -> None:
@@ -44,3 +51,8 @@ def check_rate(options: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(options, name) < 1:
             raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(options, name)}")
+
+
+def check_choice(options: object, name: str, choices: tuple[str, ...]) -> None:
+    if getattr(options, name) not in choices:
+        raise ConfigError(f"{name} must be {' or '.join(choices)}, got {getattr(options, name)!r}")

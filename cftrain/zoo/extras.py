@@ -1,0 +1,62 @@
+"""What a model reads of a slide besides features. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["coords", "nearest", "similar", "parents"]
+
+
+@dataclass(frozen=True, order=True)
+class Extra:
+    """One thing that a model reads of a slide besides features; made by `coords`, `nearest`, `similar`, `parents`."""
+
+    kind: Kind
+    scale: int
+    """Whose patches have a row each."""
+    coarse: int = 0
+    """Of parents: the scale whose rows they are."""
+    k: int = 0
+    """Of nearest and similar: neighbours of a patch."""
+
+    @property
+    def label(self) -> str:
+        """What to call it in a line of text."""
+        if self.kind == "coords":
+            return f"coordinates at {self.scale}x"
+        if self.kind == "parents":
+            return f"{self.coarse}x parents of {self.scale}x patches"
+        return f"{self.k} {self.kind} patches at {self.scale}x"
+
+    @property
+    def from_coordinates(self) -> tuple[int, ...]:
+        """The scales whose coordinates it is made of."""
+        if self.kind == "similar":
+            return ()
+        return (self.scale, self.coarse) if self.kind == "parents" else (self.scale,)
+
+    @property
+    def rows_of(self) -> int:
+        """The scale whose rows its values are, -1 standing for none; 0 where its values are no rows."""
+        return {"coords": 0, "parents": self.coarse}.get(self.kind, self.scale)
+
+
+def coords(scale: int) -> Extra:
+    """Top-left x, y of every patch in level-0 pixels: [N, 2]."""
+    return Extra("coords", scale)
+
+
+def nearest(scale: int, k: int = 8) -> Extra:
+    """The k other patches nearest in space, by distance and then row: [N, k] rows, -1 where there are fewer."""
+    return Extra("nearest", scale, k=k)
+
+
+def similar(scale: int, k: int = 8) -> Extra:
+    """The k other patches with the most similar features, by distance and then row: [N, k] rows, -1 as above."""
+    return Extra("similar", scale, k=k)
+
+
+def parents(fine: int, coarse: int) -> Extra:
+    """The coarse patch that each fine one overlaps most: [N_fine] rows, -1 where it overlaps none."""
+    return Extra("parents", fine, coarse)
