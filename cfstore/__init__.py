@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from cfstore.alignment import Alignment, align, children_of, patch_edge
 from cfstore.cohort import Cohort, CohortSlide
+from cfstore.derivation import Derivation
+from cfstore.derive import DeriveReport
+from cfstore.derived_reader import DerivedReader
 from cfstore.errors import (
     ClinicalError,
+    DerivationError,
     DuplicateBagError,
     EmptyBagError,
     LayoutError,
@@ -19,6 +23,7 @@ from cfstore.errors import (
     MissingDatasetError,
     MissingScaleError,
     NonFiniteError,
+    NotDerivedError,
     PrecisionError,
     QueryError,
     ShapeError,
@@ -45,6 +50,10 @@ __all__ = [
     "ClinicalError",
     "Cohort",
     "CohortSlide",
+    "Derivation",
+    "DerivationError",
+    "DeriveReport",
+    "DerivedReader",
     "DuplicateBagError",
     "EmptyBagError",
     "Fold",
@@ -54,6 +63,7 @@ __all__ = [
     "MissingDatasetError",
     "MissingScaleError",
     "NonFiniteError",
+    "NotDerivedError",
     "PrecisionError",
     "QueryError",
     "ShapeError",

@@ -24,7 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from cfstore import derived_tables
 from cfstore.convert import ARRAY_DTYPE
+from cfstore.derived_files import published_files
 from cfstore.errors import DamagedShardError, StoreFormatError, StoreWriteError
 from cfstore.labels import CohortLabels, collect, resolve
 from cfstore.locks import discard
@@ -44,6 +46,7 @@ _INTERNAL: Final = {
     "extents": "shard VARCHAR, slide_id VARCHAR, scale INTEGER, array_name VARCHAR, byte_start BIGINT, "
     "sizes BIGINT[], decoded_start BIGINT, digests UBIGINT[]",
     "tables": "file VARCHAR, digest VARCHAR",
+    **derived_tables.INTERNAL,
 }
 _OF_SHARDS: Final = ("bags", "internal.shards", "internal.shard_slides", "internal.extents")
 _REMOVED: Final = pa.schema([("shard", pa.string()), ("slide_id", pa.string())])
@@ -218,13 +221,16 @@ def _check_tables(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
         _insert(connection, "internal.tables", pa.table({"file": list(digests), "digest": list(digests.values())}))
 
 
-def _load_tables(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
+def _load_tables(
+    connection: duckdb.DuckDBPyConnection, root: Path, unreadable: dict[str, StoreFormatError] | None = None
+) -> None:
     _check_tables(connection, root)
     _load_table(connection, root, "patients", PATIENTS_PREFIX)
     _load_table(connection, root, "splits", SPLITS_PREFIX)
     _load_table(connection, root, "skipped", SKIPPED_PREFIX)
     connection.execute("DELETE FROM skipped WHERE source IN (SELECT source FROM bags)")
     _resolve_slides(connection, root)
+    derived_tables.load(connection, root, unreadable)
 
 
 def _add_shards(
@@ -323,12 +329,20 @@ def drop_shards(root: Path, shards: Iterable[str]) -> None:
 
 
 def reload_tables(root: Path) -> None:
-    """Take over changed files of `tables/`. Needs the write lock."""
+    """Take over changed files of `tables/` and `derived/`. Needs the write lock."""
     register(root, [])
 
 
+def dead_derived_files(root: Path) -> list[str]:
+    """Derived files that no bag there is now needs."""
+    with connect(root) as connection:
+        if not derived_tables.has_table(connection, "derived"):
+            return []
+        return derived_tables.dead_files(connection)
+
+
 def rebuild(root: Path) -> None:
-    """Make the catalog anew from shards and `tables/` alone. Needs the write lock.
+    """Make the catalog anew from shards, `tables/` and `derived/` alone. Needs the write lock.
 
     Raises
     ------
@@ -365,6 +379,7 @@ def reconcile(root: Path) -> int:
             known |= _replaced(connection)
             listed = set(connection.execute("SELECT shard, slide_id FROM internal.shard_slides").fetchall())
             tables = _known_tables(connection)
+            derived = derived_tables.known_files(connection)
     except duckdb.Error as error:
         message = f"{root / CATALOG_FILE}: cannot be read ({_first_line(error)}); `cfstore reindex` makes it anew"
         raise StoreFormatError(message) from error
@@ -376,7 +391,7 @@ def reconcile(root: Path) -> int:
         records = [read_record(root, shard) for shard in missing]
         replaced = {shard for shard in missing if any(shard in record.replaces for record in records)}
         register(root, [record for record in records if record.shard not in replaced])
-    elif tables != _table_digests(root) or not (root / SNAPSHOT_FILE).exists():
+    elif tables != _table_digests(root) or derived != set(published_files(root)) or not (root / SNAPSHOT_FILE).exists():
         reload_tables(root)
     return len(missing)
 
@@ -440,11 +455,13 @@ def differences(root: Path) -> tuple[list[Difference], dict[str, StoreFormatErro
             connection.execute("USE memory.main")
             _create_tables(connection)
             unreadable = _fill(connection, root)
-            _load_tables(connection, root)
+            lost: dict[str, StoreFormatError] = {}
+            _load_tables(connection, root, lost)
             connection.execute("CREATE TEMP TABLE unreadable (shard VARCHAR)")
             for shard in unreadable:
                 connection.execute("INSERT INTO unreadable VALUES (?)", [shard])
-            return list(_compare(connection, root, complete=not unreadable)), unreadable
+            found = list(_compare(connection, root, complete=not unreadable))
+            return [*found, *_compare_derived(connection, lost)], unreadable
         except duckdb.Error as error:
             path = root / CATALOG_FILE
             message = f"{path}: the catalog is damaged ({_first_line(error)}); `cfstore reindex` makes it anew"
@@ -483,6 +500,20 @@ def _compare(connection: duckdb.DuckDBPyConnection, root: Path, *, complete: boo
         except duckdb.Error:
             found = [Difference(SNAPSHOT_FILE, None, None)]
         yield from (Difference(SNAPSHOT_FILE, each.slide_id, each.shard) for each in found)
+
+
+def _compare_derived(connection: duckdb.DuckDBPyConnection, unreadable: Iterable[str]) -> Iterator[Difference]:
+    """Files that cannot be read are left to who looks into them; nothing is asked of a catalog from before them."""
+    connection.execute("CREATE TEMP TABLE lost (file VARCHAR)")
+    for file in unreadable:
+        connection.execute("INSERT INTO lost VALUES (?)", [file])
+    for table in derived_tables.COMPARED:
+        schema, _, name = table.rpartition(".")
+        if derived_tables.has_table(connection, name, schema or "main", "store"):
+            held = f"store.{table}"
+        else:
+            held = f"(SELECT * FROM {table} LIMIT 0)"
+        yield from _table_differences(connection, table, held, "WHERE file NOT IN (SELECT file FROM temp.lost)")
 
 
 def _table_differences(

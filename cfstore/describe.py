@@ -8,6 +8,7 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
+from cfstore.derive import DeriveReport
 from cfstore.ingest import IngestReport
 from cfstore.plan import IngestPlan, Problem
 from cfstore.removal import CompactReport
@@ -83,6 +84,8 @@ def describe_verify(report: VerifyReport) -> Iterator[str]:
         f"{human_bytes(report.decoded_bytes)} of features, {report.seconds:.1f} s, {speed / 1e9:.2f} GB/s: "
         + (f"{len(report.findings)} findings, {len(wrong - {None})} slides" if wrong else "all as it was written")
     )
+    if report.n_derived:
+        yield f"derived    {report.n_derived} arrays of `cfstore derive` were checked, too"
     if report.n_without_source:
         yield f"note       {report.n_without_source} bags could not be compared: their source files are gone"
 
@@ -94,6 +97,22 @@ def describe_compact(report: CompactReport) -> str:
         f"{human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)}; "
         f"{report.n_slides_rewritten} slides rewritten"
     )
+
+
+def describe_derive(report: DeriveReport) -> Iterator[str]:
+    """What was computed, what was there, and what was left out and why."""
+    for name in dict.fromkeys([*report.done, *report.held]):
+        done, held = report.done.get(name, 0), report.held.get(name, 0)
+        parts = [f"{done} slides" if done else "", f"{held} there already" if held else ""]
+        yield f"derived    {name}: {', '.join(part for part in parts if part)}"
+    for reason, slides in report.excluded.items():
+        yield f"left out   {len(slides)} slides, {reason}: {some(slides)}"
+    if not report.n_done:
+        what = "nothing to compute" + (": all of it is in the store already" if not report.excluded else "")
+        yield f"done       {what}"
+        return
+    processes = f" in {report.n_processes} processes" if report.n_processes > 1 else ""
+    yield f"done       {report.n_done} arrays of {report.n_slides} slides, {report.seconds:.1f} s{processes}"
 
 
 def plan_json(plan: IngestPlan) -> dict[str, Any]:

@@ -7,6 +7,8 @@
     ├── StoreBusyError            another process holds the write lock
     ├── StoreWriteError           the disk is full, read-only, or fails (also OSError)
     ├── SlideNotFoundError        no such slide, scale, encoder or cohort (also KeyError)
+    ├── NotDerivedError           what was asked for has not been derived yet
+    ├── DerivationError           no such derivation, or it cannot be made of these slides (also ValueError)
     ├── QueryError                SQL that is refused or fails (also ValueError)
     └── SourceError               an input file or folder is not usable (also ValueError)
         ├── LayoutError           the folder matches no known layout, or several
@@ -57,6 +59,14 @@ class SlideNotFoundError(StoreError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the message quoted
         return str(self.args[0]) if self.args else ""
+
+
+class NotDerivedError(StoreError):
+    """`cfstore derive` has not computed that of the slide, or the slide's bags have changed since."""
+
+
+class DerivationError(StoreError, ValueError):
+    """There is no such derivation, or it cannot be made of these slides."""
 
 
 class QueryError(StoreError, ValueError):

@@ -10,6 +10,7 @@ from typing import Any
 import duckdb
 
 from cfstore.catalog import SLIDE_LABELS_PREFIX, connect
+from cfstore.derived_tables import has_table
 from cfstore.errors import SlideNotFoundError
 from cfstore.schema import FEATURES_DIR, TABLES_DIR, read_header
 
@@ -32,6 +33,7 @@ class StoreInfo:
     labels_without_slide: list[dict[str, Any]]
     slides_missing_scale: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
+    derived: list[dict[str, Any]]
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, query: str, parameters: Sequence[object] = ()) -> list[dict[str, Any]]:
@@ -61,6 +63,17 @@ def _labels_without_slide(connection: duckdb.DuckDBPyConnection, root: Path) -> 
                           WHERE slides.cohort = patients.cohort AND slides.patient_id = patients.patient_id)
         ORDER BY ALL""",
     )
+
+
+def _derived(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
+    """How many slides have which derivations; nothing where the catalog is from before there were any."""
+    if not has_table(connection, "derived"):
+        return []
+    query = (
+        "SELECT cohort, encoder, derivation, count(*) AS n_slides, sum(bytes)::BIGINT AS bytes "
+        "FROM derived JOIN slides USING (slide_id) GROUP BY ALL ORDER BY ALL"
+    )
+    return _rows(connection, query)
 
 
 def read_info(root: Path) -> StoreInfo:
@@ -120,6 +133,7 @@ def read_info(root: Path) -> StoreInfo:
                 HAVING len(missing) > 0 ORDER BY cohort, encoder, slide_id""",
             ),
             skipped=_rows(connection, "SELECT * FROM skipped ORDER BY ALL"),
+            derived=_derived(connection),
         )
 
 

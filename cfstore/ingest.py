@@ -17,7 +17,7 @@ from cfstore.halves import WORTH_TORCH
 from cfstore.locks import discard, sweep, write_lock
 from cfstore.plan import IngestPlan, Problem, SlideJob, raise_problems
 from cfstore.processes import side_by_side
-from cfstore.schema import FEATURES_DIR
+from cfstore.schema import DERIVED_DIR, FEATURES_DIR
 from cfstore.shard_job import OnError, ShardDone, ShardTask, write_shard
 from cfstore.shards import TEMPORARY_PREFIX, Format, ShardRecord
 
@@ -75,6 +75,8 @@ def prepare(root: Path) -> None:
     """Finish what an earlier process left: register published shards, remove unpublished and replaced ones."""
     with write_lock(root):
         for folder in (root / FEATURES_DIR).glob("*"):
+            sweep(folder, TEMPORARY_PREFIX)
+        for folder in (root / DERIVED_DIR).glob("*/*"):
             sweep(folder, TEMPORARY_PREFIX)
         catalog.sweep_temporary(root)
         catalog.reconcile(root)

@@ -15,15 +15,16 @@ import duckdb
 import pyarrow as pa
 
 from cfstore.catalog import connect, sql_string
+from cfstore.derived_tables import has_table
 from cfstore.errors import QueryError
-from cfstore.schema import CATALOG_FILE, TABLES
+from cfstore.schema import CATALOG_FILE, TABLES, ddl
 
 _ALLOWED: Final = {"SELECT", "EXPLAIN"}
 _OUTSIDE: Final = "cfstore sql reads this store's tables only"
 
 
 def run_query(root: Path, query: str, extra: Mapping[str, pa.Table] | None = None) -> pa.Table:
-    """Run one SELECT over patients, slides, bags, splits, skipped and the `extra` tables.
+    """Run one SELECT over the tables of `schema.TABLES` and the `extra` ones.
 
     Raises
     ------
@@ -39,7 +40,10 @@ def run_query(root: Path, query: str, extra: Mapping[str, pa.Table] | None = Non
             connection.execute(f'CREATE TABLE "{name}" AS SELECT * FROM incoming_{name}')
             connection.unregister(f"incoming_{name}")
         for name in TABLES:
-            connection.execute(f"CREATE VIEW {name} AS SELECT * FROM store.{name}")
+            if has_table(connection, name, catalog="store"):
+                connection.execute(f"CREATE VIEW {name} AS SELECT * FROM store.{name}")
+            else:  # the catalog is from before there was such a table
+                connection.execute(ddl(name))
         connection.execute("SET temp_directory = ''")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")

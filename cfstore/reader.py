@@ -157,6 +157,27 @@ class SlideReader:
             self._follow(slide_id, slide, error)
             return self.read_rows(slide_id, scale, ranges)
 
+    def shape(self, slide_id: str, scale: int) -> tuple[int, int]:
+        """Patches of one bag, and stored bytes of each."""
+        place = self._slide(slide_id).bags[scale]
+        return place.n_patches, place.row_bytes
+
+    def read_coords(self, slide_id: str, scale: int) -> NDArray[np.int32] | None:
+        """Only the coordinates of one bag, [N, 2]; None where its source had none. No feature is read."""
+        slide = self._slide(slide_id)
+        place = slide.bags[scale]
+        if place.coords is None:
+            return None
+        layout = lay_out([place.coord_rows(place.coords)])
+        buffer = page_aligned(layout.nbytes)
+        try:
+            self._fill(layout, buffer, check=True)
+        except DamagedShardError as error:
+            self._follow(slide_id, slide, error)
+            return self.read_coords(slide_id, scale)
+        start = layout.starts[0]
+        return buffer[start : start + place.n_patches * COORD_BYTES].view(np.int32).reshape(-1, 2)
+
     def _rows(self, place: BagPlace, ranges: Sequence[tuple[int, int]]) -> Bag:
         order = sorted(range(len(ranges)), key=lambda i: ranges[i])
         wanted = [row_range(place.feature_rows, *ranges[i], place.row_bytes) for i in order]

@@ -68,6 +68,7 @@ def remove_slides(root: Path, slide_ids: Sequence[str], encoder: str | None = No
         gone = {(shard, slide_id) for shard, slide_id, _ in found}
         catalog.write_removed(root, removed | gone)
         catalog.forget(root, gone)
+        _drop_derived(root)
     return sum(count for _, _, count in found)
 
 
@@ -82,12 +83,12 @@ class ReindexReport:
 
 
 def reindex(root: Path) -> ReindexReport:
-    """Make the catalog anew from the shards and `tables/` alone, whatever became of the old one.
+    """Make the catalog anew from the shards, `tables/` and `derived/` alone, whatever became of the old one.
 
     Raises
     ------
     StoreFormatError
-        A shard or table cannot be read; it is named, and the catalog stays as it was.
+        A shard, table or derived file cannot be read; it is named, and the catalog stays as it was.
     """
     with write_lock(root):
         try:
@@ -184,6 +185,7 @@ def compact(root: Path, progress: Callable[[int, int], None] | None = None) -> C
     rewritten = sum(_rewrite(root, group, step) for group in groups)
     with write_lock(root):
         _forget_deleted(root)
+        _drop_derived(root)
     after = published_shards(root)
     return CompactReport(
         n_shards_before=len(on_disk),
@@ -216,6 +218,15 @@ def _forget_deleted(root: Path) -> None:
     left = {pair for pair in removed if pair[0] in held}
     if left != removed:
         catalog.write_removed(root, left)
+
+
+def _drop_derived(root: Path) -> None:
+    """Delete derived files of which nothing counts any more: of removed slides, or computed twice."""
+    dead = catalog.dead_derived_files(root)
+    for file in dead:
+        (root / file).unlink(missing_ok=True)
+    if dead:
+        catalog.reload_tables(root)
 
 
 def _rewrite(root: Path, group: Sequence[_Live], step: Callable[[], None]) -> int:

@@ -7,6 +7,7 @@
   features/<encoder>/<shard>.zarr/     immutable Zarr v3 shards
   features/<encoder>/<shard>.tar       or WebDataset shards
   tables/*.parquet                     patients, slide labels, splits, as imported; skipped and removed slides
+  derived/<encoder>/<what>/*.parquet   what `cfstore derive` computed of the bags: disposable, too
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SNAPSHOT_FILE: Final = "catalog.parquet"
 LOCK_FILE: Final = ".lock"
 FEATURES_DIR: Final = "features"
 TABLES_DIR: Final = "tables"
+DERIVED_DIR: Final = "derived"
 REMOVED_FILE: Final = "removed.parquet"
 
 Columns = tuple[tuple[str, str, str], ...]
@@ -89,7 +91,47 @@ SKIPPED: Final[Columns] = (
     ("error", "VARCHAR", "error class"),
     ("message", "VARCHAR", "what was found and what to do"),
 )
-TABLES: Final = {"patients": PATIENTS, "slides": SLIDES, "bags": BAGS, "splits": SPLITS, "skipped": SKIPPED}
+DERIVED: Final[Columns] = (
+    ("slide_id", "VARCHAR", "the slide"),
+    ("encoder", "VARCHAR", "encoder of the bags it was computed from"),
+    ("derivation", "VARCHAR", "what it is, as `cfstore derive` calls it: nearest8-20x, parents-20x-10x, ..."),
+    ("scale", "INTEGER", "scale of the bag; the finer one of parents"),
+    ("coarse", "INTEGER", "scale of the parents; null for other kinds"),
+    ("k", "INTEGER", "neighbours of each patch; null for other kinds"),
+    ("version", "INTEGER", "version of the algorithm"),
+    ("n_rows", "BIGINT", "rows: one per patch; of a mean 1"),
+    ("bytes", "BIGINT", "bytes of the array"),
+    ("file", "VARCHAR", "Parquet file, relative to the store"),
+    ("row_group", "INTEGER", "row group of the file that holds the slide"),
+    ("digest", "VARCHAR", "xxh3-128 of the array, in C order"),
+    ("source", "VARCHAR", "digest of the bag; of parents, of both, each with the patch edge that its source says"),
+    ("fine_edge", "DOUBLE", "parents: patch edge at `scale` that was used, level-0 pixels"),
+    ("coarse_edge", "DOUBLE", "parents: patch edge at `coarse` that was used, level-0 pixels"),
+    ("created", "VARCHAR", "when the file was begun, UTC"),
+)
+PROTOTYPES: Final[Columns] = (
+    ("encoder", "VARCHAR", "encoder of the bags"),
+    ("scale", "INTEGER", "scale of the bags"),
+    ("n", "INTEGER", "centroids"),
+    ("seed", "BIGINT", "seed of the sample and of k-means"),
+    ("version", "INTEGER", "version of the algorithm"),
+    ("key", "VARCHAR", "digest of all this, the slides and their bags: another training set has another key"),
+    ("n_slides", "BIGINT", "slides of the training set"),
+    ("slides_digest", "VARCHAR", "xxh3-128 of the sorted slide ids"),
+    ("n_sampled", "BIGINT", "patches that the centroids were fitted to"),
+    ("inertia", "DOUBLE", "mean squared distance of these to their centroids"),
+    ("file", "VARCHAR", "Parquet file, relative to the store"),
+    ("created", "VARCHAR", "when they were fitted, UTC"),
+)
+TABLES: Final = {
+    "patients": PATIENTS,
+    "slides": SLIDES,
+    "bags": BAGS,
+    "splits": SPLITS,
+    "skipped": SKIPPED,
+    "derived": DERIVED,
+    "prototypes": PROTOTYPES,
+}
 
 _NAME: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from cfstore import catalog, tables
 from cfstore.clinical import ClinicalTable, read_clinical
 from cfstore.codecs import DEFAULT_CODEC, get_codec
 from cfstore.cohort import Cohort, choose_encoder, encoders_of, read_cohort, read_split_set, split_names
 from cfstore.convert import ARRAY_DTYPE, Dtype
+from cfstore.derivation import Derivation
+from cfstore.derive import DeriveReport, choose_slides, default_derivations, run_derive
+from cfstore.derived_reader import DerivedReader, find_underived
 from cfstore.errors import (
     ClinicalError,
     SlideNotFoundError,
@@ -30,6 +35,7 @@ from cfstore.labels import CohortLabels
 from cfstore.locks import write_lock
 from cfstore.names import tcga_patient_id
 from cfstore.plan import HeldBag, IngestPlan, Key, Progress, make_plan
+from cfstore.prototypes import PrototypeSet, fit_folds
 from cfstore.query import run_query
 from cfstore.reader import SlideReader
 from cfstore.removal import CompactReport, ReindexReport, compact, reindex, remove_slides
@@ -101,7 +107,7 @@ class Store:
     # -- reading ---------------------------------------------------------------------------------
 
     def sql(self, query: str, extra: Mapping[str, pa.Table] | None = None) -> pa.Table:
-        """Run one read-only SQL statement over patients, slides, bags, splits and skipped.
+        """Run one read-only SQL statement over the tables of `docs/sql.md`.
 
         Raises
         ------
@@ -193,6 +199,27 @@ class Store:
     def split_set(self, cohort: str, name: str) -> SplitSet:
         """One split set as folds of patients."""
         return read_split_set(self.path, cohort, name)
+
+    def underived(
+        self, derivations: Iterable[Derivation], encoder: str, slide_ids: Sequence[str]
+    ) -> dict[Derivation, list[str]]:
+        """Slides of which each derivation is missing; derivations that miss none are left out.
+
+        Also those of which it cannot be computed: `derive` says why.
+        """
+        self._check_own()
+        return find_underived(self.path, derivations, encoder, slide_ids)
+
+    def derived(self, derivations: Iterable[Derivation], encoder: str, slide_ids: Sequence[str]) -> DerivedReader:
+        """A reader of what was derived of many slides; see `DerivedReader`.
+
+        Raises
+        ------
+        NotDerivedError
+            Something is missing; the message names a slide, the derivation, and the command that computes it.
+        """
+        self._check_own()
+        return DerivedReader(self.path, derivations, encoder, slide_ids)
 
     def export(
         self,
@@ -359,6 +386,95 @@ class Store:
             tables.write_splits(self.path, cohort, splits, source)
             catalog.reload_tables(self.path)
         return splits
+
+    # -- deriving --------------------------------------------------------------------------------
+
+    def derive(
+        self,
+        derivations: Iterable[Derivation] | None = None,
+        *,
+        encoder: str | None = None,
+        cohort: str | None = None,
+        slide_ids: Sequence[str] | None = None,
+        jobs: int | None = None,
+        progress: Progress | None = None,
+    ) -> DeriveReport:
+        """Compute what models need of bags besides features, and keep it; nothing is computed twice.
+
+        Parameters
+        ----------
+        derivations
+            What to compute; None: the 8 nearest patches and the mean at every scale, and parents between scales.
+            `Derivation.similar` has to be asked for: it costs N^2.
+        encoder
+            Of the bags; None: the only one.
+        cohort, slide_ids
+            Of which slides: of a cohort, or these. None: all that the encoder has.
+        jobs
+            Processes; None: one per core, as far as there is work for them.
+        progress
+            Called with slides done and in all.
+
+        Raises
+        ------
+        SlideNotFoundError
+            No such cohort, encoder or slide.
+        StoreWriteError
+            The store cannot be written; what was computed so far stays.
+        """
+        self._check_own()
+        encoder, chosen = choose_slides(self.path, encoder, cohort, slide_ids)
+        wanted = default_derivations(self.path, encoder, chosen) if derivations is None else derivations
+        return run_derive(self.path, wanted, encoder, chosen, jobs=jobs, progress=progress)
+
+    def prototypes(
+        self, encoder: str, scale: int, slide_ids: Sequence[str], n: int, *, seed: int = 0
+    ) -> NDArray[np.float32]:
+        """k-means centroids of the patches of exactly these slides: those of a training fold.
+
+        Fitted to as many patches of each slide, 100,000 in all, and kept in the store under a digest of the
+        slides, their bags, `n` and `seed`: another training set never gets them. Where the store cannot be
+        written they are computed and returned all the same.
+
+        Returns
+        -------
+        [n, D] float32
+            Of the largest cluster first.
+
+        Raises
+        ------
+        SlideNotFoundError
+            A slide has no such bag, or none is named.
+        DerivationError
+            There are fewer patches than `n`.
+        """
+        self._check_own()
+        return PrototypeSet.of(self.path, encoder, scale, slide_ids, n, seed).read()
+
+    def fold_prototypes(
+        self,
+        n: int,
+        splits: str | None = None,
+        *,
+        scale: int = 20,
+        seed: int = 0,
+        cohort: str | None = None,
+        encoder: str | None = None,
+        progress: Progress | None = None,
+    ) -> list[dict[str, Any]]:
+        """`prototypes` of the labelled training slides of every fold; returns a row of the SQL table for each.
+
+        Raises
+        ------
+        SplitsError
+            The cohort has several split sets or none, and none is named.
+        SlideNotFoundError
+            No such cohort, encoder or split set.
+        """
+        self._check_own()
+        return fit_folds(
+            self.path, n, splits, scale=scale, seed=seed, cohort=cohort, encoder=encoder, progress=progress
+        )
 
     # -- keeping ---------------------------------------------------------------------------------
 

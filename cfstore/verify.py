@@ -14,19 +14,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from cfstore import catalog
+from cfstore import catalog, derived_tables
 from cfstore.catalog import Difference
+from cfstore.derived_check import derived_checks
+from cfstore.derived_files import published_files
 from cfstore.digests import stored_digest
 from cfstore.errors import SourceError, StoreError, StoreFormatError
 from cfstore.locks import write_lock
 from cfstore.parsers import BagSource, open_bag
 from cfstore.reader import SlideReader
-from cfstore.schema import CATALOG_FILE, TABLES_DIR
+from cfstore.schema import CATALOG_FILE, DERIVED_DIR, TABLES_DIR
 from cfstore.shards import Check, ShardRecord, SlideRecord, published_shards, read_record, stored_checks
 from cfstore.types import Bag, SlideBags
 
@@ -48,7 +51,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was checked and what is wrong. `n_without_source`: bags that could not be compared deeply."""
+    """What was checked and what is wrong. `n_without_source`: bags that could not be compared deeply;
+    `n_derived`: derived arrays."""
 
     n_shards: int
     n_slides: int
@@ -57,6 +61,7 @@ class VerifyReport:
     n_without_source: int
     seconds: float
     findings: tuple[Finding, ...]
+    n_derived: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class _Seen:
     n_bags: int = 0
     decoded_bytes: int = 0
     n_without_source: int = 0
+    n_derived: int = 0
 
 
 _Task = Callable[[], _Seen]
@@ -83,7 +89,8 @@ def verify(
     root
         The store.
     deep
-        Also compare every value with the source files, within the recorded error.
+        Also compare every value with the source files, within the recorded error, and what was derived (but for
+        `similar`) with what the bags give.
     threads
         Slides checked at once; None: one per core.
     progress
@@ -108,8 +115,11 @@ def verify(
         for shard in sorted(set(listed) & set(on_disk))
         for task in _tasks(root, shard, listed[shard], unreadable.get(shard), suspect, deep)
     )
+    derived = (
+        partial(_check_derived, file, look) for file, look in derived_checks(root, published_files(root), deep=deep)
+    )
     with ThreadPoolExecutor(n_threads, thread_name_prefix="cfstore-verify") as pool:
-        for result in _side_by_side(pool, tasks, 2 * n_threads):
+        for result in _side_by_side(pool, chain(tasks, derived), 2 * n_threads):
             seen.append(result)
             n_slides += result.n_slides
             if progress and result.n_slides:
@@ -123,6 +133,7 @@ def verify(
         n_without_source=sum(result.n_without_source for result in seen),
         seconds=time.monotonic() - started,
         findings=tuple(dict.fromkeys(_still_there(root, findings, listed))),
+        n_derived=sum(result.n_derived for result in seen),
     )
 
 
@@ -169,6 +180,10 @@ def _told(root: Path, difference: Difference, listed: Listed, on_disk: Sequence[
         what = {
             "internal.tables": f"{root / TABLES_DIR}: files are not those that were taken over; "
             f"import changed tables again, or {_REINDEX}",
+            **{
+                table: f"{table}: not what {DERIVED_DIR}/ and the bags say; {_REINDEX}"
+                for table in derived_tables.COMPARED
+            },
             "slides": f"table slides: not what shards and {TABLES_DIR}/ say; {_REINDEX}",
         }.get(table, f"{table}: not what shards and {TABLES_DIR}/ say; {_REINDEX}")
         yield Finding(slide_id, shard or CATALOG_FILE, what)
@@ -275,6 +290,11 @@ def _check_slide(reader: SlideReader, record: ShardRecord, slide: SlideRecord, d
         messages += different
     findings = tuple(Finding(slide.slide_id, record.shard, message) for message in messages)
     return _Seen(findings, 1, len(slide.bags), held.nbytes, missing)
+
+
+def _check_derived(file: str, look: Callable[[], tuple[int, Sequence[tuple[str | None, str]]]]) -> _Seen:
+    n_derived, found = look()
+    return _Seen(tuple(Finding(slide_id, file, message) for slide_id, message in found), n_derived=n_derived)
 
 
 # -- the sources ---------------------------------------------------------------------------------

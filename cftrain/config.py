@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cftrain.cache import parse_cache
 from cftrain.errors import ConfigError
-from cftrain.zoo import MODELS, model_options
+from cftrain.zoo import MODELS, Extra, model_info, model_options, scales_of
 
 ModelOption = str | int | float | bool
 RECOMMENDED = "recommended"
@@ -86,26 +86,35 @@ class TrainConfig:
     device has memory for, at most 8,192 on a CPU and 65,536 on a GPU; the number found is written to config.toml."""
     loss: Literal["nll", "ce", "cox"] = "nll"
     """Of discrete-time hazards: negative log-likelihood, or its cross-entropy variant; cox: partial likelihood over
-    the slides of a step, which ranks patients and predicts no survival times; take uniform sampling with it, because
-    weighted draws change who is at risk."""
+    the slides of a step, which ranks patients and predicts no survival times; weighted draws change who is at risk."""
     cosine_epochs: int = 0
     """Half period of the cosine schedule; 0: all epochs, falling once. The paper: 10, falling and rising."""
     final_learning_rate: float = 0.1
     """The schedule's lowest point, as a fraction of learning_rate."""
     alpha: float = 0.0
     """How far censored slides are discounted in the loss; the paper's code trains with 0.2."""
-    sampling: Literal["weighted", "uniform"] = "weighted"
-    """Draw slides by inverse frequency of (bin, event) with replacement, or visit each once."""
+    sampling: Literal["weighted", "uniform"] = "uniform"
+    """Visit each slide once per epoch, or draw by inverse frequency of (bin, event) with replacement as the paper's
+    code does, which shows half to two thirds of the slides and trains for another population."""
     select_from: int = 6
     """First epoch that may be called the best one (the paper's warm-up of 5 epochs)."""
     patience: int = 0
     """Stop when the best epoch lies this many epochs back; 0: never, so the last epoch is known beforehand."""
+    nested: float = 0.0
+    """Share of a fold's training patients, at most 0.5, that an inner model of the fold is validated on in place of
+    the reported part: its best epoch is one more rule beside the others. Such folds train twice, and patience ends
+    the other rules but not the training. 0: no inner models."""
     on_nan: Literal["stop", "skip"] = "stop"
     """When a loss or gradient is NaN or Inf: stop the run, or leave that step out; the slide is named either way."""
     checkpoint_minutes: float = 5.0
     """Time between checkpoints; 0: after every step."""
     seed: int = 7
     """Of weights, dropout and weighted draws."""
+
+    @property
+    def first_selectable(self) -> int:
+        """The first epoch that may be selected: `select_from`, or the last of a shorter schedule."""
+        return min(self.select_from, self.epochs)
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,24 @@ class RunConfig:
     def n_outputs(self) -> int:
         """Logits of the model: one per time bin, or the one log hazard of a Cox model."""
         return 1 if self.train.loss == "cox" else self.bins.count
+
+    @property
+    def has_inner(self) -> bool:
+        """Whether every fold has an inner learner: nested validation, and more than one epoch to choose from."""
+        return self.train.nested > 0 and self.train.first_selectable < self.train.epochs
+
+    def scales(self) -> tuple[int, ...]:
+        """The scales that the model reads."""
+        name = self.model.name
+        return scales_of(model_info(name), model_options(name, self.model.options))
+
+    def extras(self) -> tuple[Extra, ...]:
+        """What the model reads of a slide besides features."""
+        return model_options(self.model.name, self.model.options).extras()
+
+    def fit_extras(self) -> tuple[Extra, ...]:
+        """What it is fitted on besides that, before its first step."""
+        return model_options(self.model.name, self.model.options).fit_extras()
 
 
 _SECTIONS: Mapping[str, type[Any]] = {"data": DataConfig, "bins": BinsConfig, "train": TrainConfig}
@@ -286,6 +313,8 @@ def _build(preset: str, values: Mapping[str, Any]) -> RunConfig:
         message = "model.n_bins follows bins.count; set that"
         raise ConfigError(message)
     model_options(model.name, model.options)
+    if not MODELS[model.name].by_gradient:
+        built["train"] = dataclasses.replace(built["train"], epochs=1)  # there are none: it is fitted, and measured
     return RunConfig(preset=preset, model=model, **built)
 
 
@@ -339,4 +368,7 @@ def _check_ranges(built: Mapping[str, Any]) -> None:
         raise ConfigError(message)
     if not (0 <= train.alpha <= 1 and 0 <= train.final_learning_rate <= 1):
         message = "train.alpha and train.final_learning_rate must lie between 0 and 1"
+        raise ConfigError(message)
+    if not 0 <= train.nested <= 0.5:
+        message = f"train.nested must lie between 0 and 0.5, got {train.nested}"
         raise ConfigError(message)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import cfstore
 from cfstore import Cohort, SplitSet, Store
 from cftrain.config import DataConfig
-from cftrain.errors import ConfigError, MissingScaleError
+from cftrain.errors import ConfigError, MissingExtraError, MissingScaleError
 from cftrain.examples import Example, make_examples
 from cftrain.folds import FoldExamples, fold_examples, unplaced
 from cftrain.order import ShardOrder
-from cftrain.zoo import MODELS
+from cftrain.zoo import MODELS, Extra
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,13 @@ class RunData:
     order: ShardOrder | None = None
 
 
-def load_data(store: Path, config: DataConfig, models: Mapping[str, Sequence[int]], seed: int) -> RunData:
+def load_data(
+    store: Path,
+    config: DataConfig,
+    models: Mapping[str, Sequence[int]],
+    seed: int,
+    extras: Mapping[str, Sequence[Extra]] = MappingProxyType({}),
+) -> RunData:
     """Open the store, or the tars of `config.shards`, and find the slides and folds; reads no features.
 
     Parameters
@@ -40,11 +48,15 @@ def load_data(store: Path, config: DataConfig, models: Mapping[str, Sequence[int
         The models by name, and the scales each needs; all train on the slides that have all of these.
     seed
         Of made splits.
+    extras
+        What each reads besides features; slides without the coordinates for it are left out.
 
     Raises
     ------
     MissingScaleError
         The model needs a scale the encoder lacks; names the models that would run.
+    MissingExtraError
+        It needs coordinates, which no slide has, or graphs, which tars do not hold.
     ConfigError
         No labelled slide, several cohorts or split sets and none named, or a fold that cannot be used.
     StoreError
@@ -63,6 +75,7 @@ def load_data(store: Path, config: DataConfig, models: Mapping[str, Sequence[int
         left_out = "; ".join(f"{len(ids)} slides: {reason}" for reason, ids in cohort.excluded.items())
         message = f"cohort {cohort.name} has no slide to train on ({left_out}); import labels with `cfstore clinical`"
         raise ConfigError(message)
+    cohort = with_coordinates(opened, cohort, extras, of_tars=bool(config.shards))
     splits = _splits(opened, cohort, config, seed)
     excluded = dict(cohort.excluded)
     apart = unplaced(cohort, splits.folds)
@@ -85,6 +98,49 @@ def _check_scales(model: str, scales: Sequence[int], encoder: str, held: Sequenc
         f"Models that run on it: {', '.join(fitting) or 'none'}"
     )
     raise MissingScaleError(message)
+
+
+def with_coordinates(store: Store, cohort: Cohort, extras: Mapping[str, Sequence[Extra]], *, of_tars: bool) -> Cohort:
+    """The cohort without the slides that lack coordinates which a model needs.
+
+    Parameters
+    ----------
+    extras
+        By model.
+    of_tars
+        Whether there is no store, which alone keeps graphs and parents.
+
+    Raises
+    ------
+    MissingExtraError
+        No slide is left, or a model needs what tars do not hold.
+    """
+    without = slides_without_coordinates(store, cohort.encoder)
+    excluded, slides = dict(cohort.excluded), cohort.slides
+    for model, needed in extras.items():
+        kept_by_stores = [extra for extra in needed if extra.kind != "coords"]
+        if of_tars and kept_by_stores:
+            message = f"{model} needs {kept_by_stores[0].label}, which tars do not hold; run it on the store itself"
+            raise MissingExtraError(message)
+        for extra, scale in ((each, scale) for each in needed for scale in each.from_coordinates):
+            lacking = tuple(slide.slide_id for slide in slides if slide.slide_id in without.get(scale, ()))
+            slides = tuple(slide for slide in slides if slide.slide_id not in without.get(scale, ()))
+            if lacking:
+                excluded[f"no coordinates at {scale}x"] = lacking
+            if lacking and not slides:
+                message = (
+                    f"{model} needs {extra.label}, and no slide of encoder {cohort.encoder} has coordinates at "
+                    f"{scale}x (files of CLAM and TRIDENT have, .pt files have not); `--model all` runs what can run"
+                )
+                raise MissingExtraError(message)
+    return dataclasses.replace(cohort, slides=slides, excluded=excluded)
+
+
+def slides_without_coordinates(store: Store, encoder: str) -> dict[int, set[str]]:
+    """By scale: the slides of an encoder whose source gave no coordinates."""
+    quoted = encoder.replace("'", "''")
+    query = f"SELECT scale, list(slide_id) AS slides FROM bags WHERE encoder = '{quoted}' AND NOT has_coords GROUP BY 1"
+    return {row["scale"]: set(row["slides"]) for row in store.sql(query).to_pylist()}
 
 
 def _listed(scales: Sequence[int]) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from cfstore import Bag, SlideBags
 from cftrain.errors import ConfigError
 from cftrain.ranks import launched, local_rank
+from cftrain.zoo import Extra
 
 _MOST_COPIES: Final = 4
 
@@ -45,11 +47,27 @@ class DeviceBag:
         return DeviceBag(rows, (affine[0].to(device), affine[1].to(device)) if affine else None)
 
 
-DeviceSlide = Mapping[int, DeviceBag]
+@dataclass(frozen=True, eq=False)
+class DeviceSlide:
+    """The bags of one slide by scale, and what else models read of it, rows counted within the slide."""
+
+    bags: Mapping[int, DeviceBag]
+    extras: Mapping[Extra, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> DeviceSlide:
+        """The slide on another device."""
+        bags = {scale: bag.to(device) for scale, bag in self.bags.items()}
+        return DeviceSlide(bags, {extra: rows.to(device) for extra, rows in self.extras.items()})
 
 
-def on_device(slide: SlideBags, device: torch.device, *, keep: bool = False) -> DeviceSlide:
-    """The slide's bags on `device`; the copy may still go on (see `HostMemory`).
+def on_device(
+    slide: SlideBags,
+    device: torch.device,
+    extras: Mapping[Extra, NDArray[Any]] = MappingProxyType({}),
+    *,
+    keep: bool = False,
+) -> DeviceSlide:
+    """The slide's bags, and its extras, on `device`; the copy may still go on (see `HostMemory`).
 
     Parameters
     ----------
@@ -64,7 +82,8 @@ def on_device(slide: SlideBags, device: torch.device, *, keep: bool = False) -> 
         affine = (moved(bag.affine.scale), moved(bag.affine.zero)) if bag.affine else None
         return DeviceBag(moved(bag.features), affine)
 
-    return {scale: bag_of(bag) for scale, bag in slide.bags.items()}
+    bags = {scale: bag_of(bag) for scale, bag in slide.bags.items()}
+    return DeviceSlide(bags, {extra: moved(rows) for extra, rows in extras.items()})
 
 
 class SlideCache:

@@ -73,3 +73,7 @@ class StoppedError(TrainError):
 
     def __reduce__(self) -> tuple[type[StoppedError], tuple[str, int]]:
         return type(self), (str(self), self.signal_number)  # it travels between processes
+
+
+class MeasureError(TrainError):
+    """A model cannot be measured on a slide of this size here; says why."""

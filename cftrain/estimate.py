@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from cftrain.models import BagBatch, SurvivalModel, made_up_slide
+from cftrain.drawn import drawn_batch
+from cftrain.models import BagBatch, SurvivalModel
 
 
 def seconds_per_patch(
@@ -39,8 +40,7 @@ def seconds_per_patch(
     """
     before, training = {name: p.grad for name, p in model.named_parameters()}, model.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        sizes = {scale: patches.get(scale, 0) for scale in model.scales}
-        batch = made_up_slide(sizes, model.feature_dim, model.options.extras(), device=device)
+        batch = drawn_batch(model, patches, device=device)
         model.train()
         try:
             taken = _repeats(model, batch, device, budget_seconds)

@@ -4,9 +4,10 @@ Learners (a model on a fold, with a seed) are trained in groups. A group reads t
 its learners; groups run one after the other, or side by side in processes. Which learners share a group, how
 many processes there are, and where a run was stopped change no number.
 
-Both selection rules are recorded for every fold: the last epoch of a schedule that was fixed
+Two selection rules are recorded for every fold: the last epoch of a schedule that was fixed
 beforehand (honest), and the epoch that scored best on the very fold that is reported (the
-paper's rule, which even random predictions pass with flattering numbers).
+paper's rule, which even random predictions pass with flattering numbers). With `train.nested` there is a third:
+the epoch that an inner learner of the fold chose, which sees training patients alone (`cftrain.nested`).
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ from cftrain.config import ModelOption, RunConfig, to_toml
 from cftrain.data import RunData, load_data
 from cftrain.device import choose_device, free_gpu
 from cftrain.errors import ConfigError
+from cftrain.extras import derive_missing
 from cftrain.feed import cohort_bytes
+from cftrain.folds import inner_fold
 from cftrain.footprint import blueprint
-from cftrain.learner import CHECKPOINT, build_options
+from cftrain.learner import CHECKPOINT, bins_of, build_options
 from cftrain.memory import free_ram
 from cftrain.models import SurvivalModel
+from cftrain.nested import with_choice
 from cftrain.passes import Beat
 from cftrain.provenance import collect
 from cftrain.ranks import Ranks, process_group, processes_here
@@ -50,13 +54,18 @@ _HELD_STEPS = 2
 
 @dataclass(frozen=True)
 class Watcher:
-    """What the caller wants to hear while runs go on; all may stay silent. A run is known by its place in the list."""
+    """What the caller wants to hear while runs go on; all may stay silent. A run is known by its place in the list.
+
+    `on_epoch` hears of the folds' own learners, `on_inner_epoch` of the inner ones; `on_fold` of all, when done.
+    """
 
     on_data: Callable[[RunData, Sequence[int]], None] = lambda data, n_parameters: None
     on_cache: Callable[[CachePlan], None] = lambda plan: None
+    on_derive: Callable[[int, int], None] = lambda done, total: None
     on_epoch: Callable[[int, int, Epoch], None] = lambda run, fold, epoch: None
     on_beat: Callable[[Beat], None] = lambda beat: None
     on_fold: Callable[[int, FoldResult], None] = lambda run, result: None
+    on_inner_epoch: Callable[[int, int, Epoch], None] = lambda run, fold, epoch: None
 
 
 @dataclass(frozen=True)
@@ -98,10 +107,16 @@ class Prepared:
 
     def teams(self) -> list[list[Spec]]:
         """Which learners train together, group by group."""
-        specs = [Spec(run, fold.number) for run in range(len(self.configs)) for fold in self.data.folds]
+        specs = [spec for run, config in enumerate(self.configs) for spec in _specs(run, config, self.data)]
         if not self.fused:
             return [[spec] for spec in specs]
         return [team for team in (specs[job :: self.jobs] for job in range(self.jobs)) if team]
+
+
+def _specs(run: int, config: RunConfig, data: RunData) -> list[Spec]:
+    """The learners of a run: one for each fold, then the inner ones, so that groups get some of both."""
+    kinds = (False, True) if config.has_inner else (False,)
+    return [Spec(run, fold.number, inner) for inner in kinds for fold in data.folds]
 
 
 def prepare(
@@ -119,11 +134,13 @@ def prepare(
     if any(config.data != first.data or config.order_seed != first.order_seed for config in configs):
         message = "runs that share their readings need the same [data] settings and data.order_seed; run them apart"
         raise ConfigError(message)
-    scales = {config.model.name: _blueprint(config, feature_dim=2).scales for config in configs}
-    data = load_data(store, first.data, scales, first.order_seed)
-    nbytes = cohort_bytes(data)
+    scales = {config.model.name: config.scales() for config in configs}
+    extras = {config.model.name: config.extras() + config.fit_extras() for config in configs}
+    data = load_data(store, first.data, scales, first.order_seed, extras)
+    nbytes = cohort_bytes(data, sorted(set().union(*(config.extras() for config in configs))))
     fused = fuse and first.data.order != "independent"
-    jobs = min(jobs, len(data.folds) * len(configs))
+    _check_inner(configs, data)
+    jobs = min(jobs, _n_learners(configs, data))
     sharers = jobs * processes_here()
     plan = plan_cache(
         first.data.cache, cohort_bytes=nbytes, ram_free=free_ram(), gpu_free=free_gpu(chosen), jobs=sharers
@@ -138,6 +155,27 @@ def prepare(
     resolved, step_bytes = tuple(config for config, _ in fitted), tuple(nbytes for _, nbytes in fitted)
     of_runs = tuple(tuple(scales[config.model.name]) for config in configs)
     return Prepared(resolved, data, chosen, plan, n_parameters, of_runs, nbytes, step_bytes, jobs, fused)
+
+
+def _n_learners(configs: Sequence[RunConfig], data: RunData) -> int:
+    return sum(len(_specs(run, config, data)) for run, config in enumerate(configs))
+
+
+def _check_inner(configs: Sequence[RunConfig], data: RunData) -> None:
+    """Refuse inner folds that no model can be trained on, before anything is.
+
+    Raises
+    ------
+    ConfigError
+        There are too few training patients or deaths.
+    """
+    for config, fold in ((config, fold) for config in configs if config.has_inner for fold in data.folds):
+        inner = inner_fold(fold, config.train.nested, config.train.seed)
+        try:
+            bins_of(config, data, inner)
+        except ConfigError as error:
+            message = f"{inner.name}: {error}; or leave nested validation out (train.nested=0)"
+            raise ConfigError(message) from error
 
 
 def _blueprint(config: RunConfig, feature_dim: int) -> SurvivalModel:
@@ -165,7 +203,7 @@ def _beside_a_step(
     configs: Sequence[RunConfig], data: RunData, n_parameters: Sequence[int], nbytes: int, jobs: int, fused: bool
 ) -> int:
     """Bytes that a group needs besides those of one step: its other learners, and the slides that steps hold."""
-    learners = -(-len(configs) * len(data.folds) // jobs) if fused else 1
+    learners = -(-_n_learners(configs, data) // jobs) if fused else 1
     each = _LEARNER_BYTES * max(n_parameters)
     slides = _HELD_STEPS * max(config.train.accumulate for config in configs)
     return (learners - 1) * each + min(nbytes, int(slides * nbytes / len(data.examples)))
@@ -247,6 +285,10 @@ def train_runs(
                 stack.enter_context(run_directory.held(out))
             for config, out in zip(ready.configs, outs, strict=True):
                 _enter(out, config, ready, command, resume=resume)
+        if ranks.first:
+            extras = sorted({extra for config in configs for extra in config.extras() + config.fit_extras()})
+            slide_ids = [slide.slide_id for slide in ready.data.cohort.slides]
+            derive_missing(ready.data.store, ready.data.cohort.encoder, extras, slide_ids, watch.on_derive)
         ranks.barrier()
         if ranks.first:
             watch.on_data(ready.data, ready.n_parameters)
@@ -278,13 +320,13 @@ def _trained(
     teams = [[spec for spec in team if spec.run not in finished] for team in ready.teams()]
     shared = Team(ready.configs, ready.data, tuple(outs), ready.device, ready.cache)
     heard = watch if ranks.first else Watcher()
-    told = Told(heard.on_epoch, heard.on_beat)
+    told = Told(heard.on_epoch, heard.on_inner_epoch, heard.on_beat)
     trained = train_teams(shared, [team for team in teams if team], ready.jobs, ranks, stop, told)
     with closing(trained):
         for done in trained:
             folds[done.run].append(done)
             heard.on_fold(done.run, done.result)
-            if len(folds[done.run]) == len(ready.data.folds):
+            if len(folds[done.run]) == len(_specs(done.run, ready.configs[done.run], ready.data)):
                 finished[done.run] = _write(ready, done.run, outs[done.run], folds[done.run], ranks)
     return [finished[run] for run in range(len(outs))]
 
@@ -300,13 +342,14 @@ def _effort(folds: Sequence[Done]) -> Effort:
 
 def _write(ready: Prepared, run: int, out: Path, folds: Sequence[Done], ranks: Ranks) -> FinishedRun:
     """The results of a run; its checkpoints are not needed any more."""
-    ordered = sorted((done.result for done in folds), key=lambda result: result.examples.number)
+    config = ready.configs[run]
+    ordered = _in_order([done.result for done in folds], config)
     summary: Mapping[str, Any] = {}
     if ranks.first:
         write_predictions(out, ordered)
         summary = write_summary(
             out,
-            ready.configs[run],
+            config,
             ready.data,
             ordered,
             _effort(folds),
@@ -314,6 +357,18 @@ def _write(ready: Prepared, run: int, out: Path, folds: Sequence[Done], ranks: R
             ready.scales[run],
             ready.device,
         )
-        for result in ordered:
-            (fold_directory(out, result.examples.number) / CHECKPOINT).unlink(missing_ok=True)
+        for spec in _specs(run, config, ready.data):
+            (fold_directory(out, spec.fold, inner=spec.inner) / CHECKPOINT).unlink(missing_ok=True)
     return FinishedRun(out, summary)
+
+
+def _in_order(results: Sequence[FoldResult], config: RunConfig) -> list[FoldResult]:
+    """The folds by their number, each with the epoch that was chosen for it, if one was."""
+    own, inner = (
+        {result.examples.number: result for result in results if result.examples.inner == kind}
+        for kind in (False, True)
+    )
+    ordered = [own[number] for number in sorted(own)]
+    if not config.train.nested:
+        return ordered
+    return [with_choice(result, inner.get(result.examples.number), config) for result in ordered]

@@ -21,8 +21,10 @@ from cftrain.config import DataConfig
 from cftrain.data import RunData
 from cftrain.device import DeviceSlide, HostMemory, SlideCache, host_memory, on_device, pinned
 from cftrain.examples import Example
+from cftrain.extras import ExtraReader, extra_bytes
 from cftrain.models import BagBatch
 from cftrain.order import Step, Visit
+from cftrain.zoo import Extra
 
 _RING_STEP: Final = 256 << 20
 Arrival = tuple[int, list[DeviceSlide], int]
@@ -49,11 +51,11 @@ class Work:
         )
 
 
-def cohort_bytes(data: RunData) -> int:
-    """Bytes of all the run's decoded bags, as stored; reads no features."""
-    ids = [slide.slide_id for slide in data.cohort.slides]
-    reader = data.store.reader(data.cohort.encoder, data.cohort.scales, ids)
-    return sum(reader.buffer_bytes(slide_id) for slide_id in ids)
+def cohort_bytes(data: RunData, extras: Sequence[Extra] = ()) -> int:
+    """Bytes of all the run's decoded bags, as stored, and of these extras; reads no features."""
+    slides = data.cohort.slides
+    reader = data.store.reader(data.cohort.encoder, data.cohort.scales, [slide.slide_id for slide in slides])
+    return sum(reader.buffer_bytes(slide.slide_id) + extra_bytes(extras, slide.n_patches) for slide in slides)
 
 
 @dataclass
@@ -69,10 +71,13 @@ class Feed:
     config: DataConfig
     device: torch.device
     cache: CachePlan = NO_CACHE
+    extras: tuple[Extra, ...] = ()
     wait_seconds: float = 0.0
     bytes_read: int = 0
     """Decoded bytes from the store that have arrived so far; the caches' are not counted."""
     _reader: SlideReader = field(init=False)
+    _extra_reader: ExtraReader = field(init=False)
+    _extra_bytes: dict[str, int] = field(init=False)
     _caches: tuple[SlideCache, ...] = field(init=False)
     _host: HostMemory = field(init=False)
     _ring_bytes: int = field(init=False)
@@ -80,7 +85,13 @@ class Feed:
     def __post_init__(self) -> None:
         ids = [slide.slide_id for slide in self.data.cohort.slides]
         memory: dict[str, Any] = {"allocate": pinned} if self.device.type == "cuda" else {}
-        self._reader = self.data.store.reader(self.data.cohort.encoder, self.scales, ids, **memory)
+        encoder, store = self.data.cohort.encoder, self.data.store
+        self._extra_reader = ExtraReader(store, encoder, self.extras, ids)
+        self._extra_bytes = {
+            slide.slide_id: extra_bytes(self.extras, slide.n_patches) for slide in self.data.cohort.slides
+        }
+        with_coords = self._extra_reader.with_coords
+        self._reader = store.reader(encoder, self.scales, ids, with_coords=with_coords, **memory)
         ram = SlideCache(torch.device("cpu"), self.cache.ram_bytes)
         self._caches = (SlideCache(self.device, self.cache.gpu_bytes), ram)
         self._host = host_memory(self.device)
@@ -142,7 +153,7 @@ class Feed:
         for slide_id in slide_ids:
             wanted.append(slide_id not in coming and not any(slide_id in cache for cache in self._caches))
             if wanted[-1]:
-                nbytes = self._reader.buffer_bytes(slide_id)
+                nbytes = self._reader.buffer_bytes(slide_id) + self._extra_bytes[slide_id]
                 if any(cache.reserve(slide_id, nbytes) for cache in self._caches):
                     coming.add(slide_id)
         return wanted, coming
@@ -168,16 +179,17 @@ class Feed:
 
     def _moved(self, slide: SlideBags) -> DeviceSlide:
         """A slide that was read, on the device; kept in the cache that has room reserved for it."""
+        extras = self._extra_reader.read(slide)
         for cache in self._caches:
             if cache.reserved(slide.slide_id):
-                kept = on_device(slide, cache.device, keep=True)
+                kept = on_device(slide, cache.device, extras, keep=True)
                 cache.put(slide.slide_id, kept)
-                return {scale: bag.to(self.device) for scale, bag in kept.items()}
-        return on_device(slide, self.device)
+                return kept.to(self.device)
+        return on_device(slide, self.device, extras)
 
     def _from_cache(self, slide_id: str) -> DeviceSlide:
         kept = next(cache[slide_id] for cache in self._caches if slide_id in cache)
-        return {scale: bag.to(self.device) for scale, bag in kept.items()}
+        return kept.to(self.device)
 
 
 class Window:
@@ -188,19 +200,21 @@ class Window:
         self._last_uses, self._done = last_uses, 0
         self._held: dict[int, list[DeviceSlide]] = {}
 
-    def batch(self, pack: Sequence[Visit], scales: Sequence[int]) -> BagBatch:
-        """The bags of a pack, one per visit, on the device; waits until they have arrived."""
+    def batch(self, pack: Sequence[Visit], scales: Sequence[int], extras: Sequence[Extra] = ()) -> BagBatch:
+        """The bags of a pack, one per visit, on the device, with these extras; waits until they have arrived."""
         started = time.perf_counter()
         while any(visit.place not in self._held for visit in pack):
             place, slides, nbytes = next(self._arriving)
             self._held[place] = slides
             self._feed.bytes_read += nbytes
         self._feed.wait_seconds += time.perf_counter() - started
-        bags = [
-            {scale: _joined([slide[scale].features() for slide in self._held[visit.place]]) for scale in scales}
-            for visit in pack
-        ]
-        return BagBatch.pack([visit.example.name for visit in pack], bags)
+        slides = [slide for visit in pack for slide in self._held[visit.place]]
+        packed = BagBatch.pack(
+            [slide_id for visit in pack for slide_id in visit.example.slide_ids],
+            [{scale: slide.bags[scale].features() for scale in scales} for slide in slides],
+            [{extra: slide.extras[extra] for extra in extras} for slide in slides],
+        )
+        return packed.grouped([visit.example.name for visit in pack], [len(visit.example.slide_ids) for visit in pack])
 
     def done(self, step: Sequence[Visit]) -> None:
         """Let go of what no later step needs; called once for every step, in their order."""
@@ -213,10 +227,6 @@ class Window:
 def step_visits(step: Step, packs: Sequence[int]) -> list[Visit]:
     """The visits of those packs of a step."""
     return [visit for index in packs for visit in step.packs[index]]
-
-
-def _joined(bags: list[torch.Tensor]) -> torch.Tensor:
-    return bags[0] if len(bags) == 1 else torch.cat(bags)
 
 
 def _last_uses(steps: Sequence[Sequence[Visit]]) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""Bytes that a training step needs, counted without running it.
+"""Bytes and floating-point operations that a training step or a prediction needs, counted without running it.
 
 Fake tensors have shapes and no data. A model passes over them forwards and backwards, and every storage is followed
 from its making to its end: what is there after the forward is kept for the backward, what is there for a while is
@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cftrain.errors import ConfigError, MissingScaleError
-from cftrain.models import BagBatch, SurvivalModel, build, made_up_slide
+from cftrain.drawn import drawn_batch
+from cftrain.errors import ConfigError
+from cftrain.flops import FlopCount
+from cftrain.models import BagBatch, SurvivalModel, build
 
 RESERVE: Final = {"cpu": 64 << 20, "cuda": 256 << 20}
 """For what is not counted: tables of blocked attention (31 MiB), workspaces of oneDNN, cuBLAS and cuDNN. That of
@@ -31,7 +34,7 @@ class Footprint:
     """Bytes on the device that computes, at their highest."""
 
     weights: int
-    """Parameters, float32."""
+    """Parameters and buffers, float32."""
     optimiser: int
     """Gradients and Adam's two moments."""
     features: int
@@ -91,7 +94,34 @@ def training_footprint(
     MissingScaleError
         The model reads a scale of which there is no patch.
     """
-    return _Counter(model_name, options, feature_dim, device_type, dtype).training(patches)
+    return _Counter(model_name, options, feature_dim, device_type, dtype).training(patches).footprint
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """What one pass of a model over one slide takes."""
+
+    flops: int
+    """Floating-point operations, as `cftrain.flops` counts them; those of Adam are not counted."""
+    footprint: Footprint
+
+
+def count_passes(
+    model_name: str,
+    options: Mapping[str, object],
+    feature_dim: int,
+    patches: Mapping[int, int],
+    *,
+    device_type: str,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PassCost, PassCost]:
+    """What one slide costs: a training step, forward and backward; and a prediction, a forward without gradients.
+
+    Parameters and errors are those of `training_footprint`, whose count is the first footprint. That of a prediction
+    has weights, features, what is alive at the worst moment, and the reserve.
+    """
+    counter = _Counter(model_name, options, feature_dim, device_type, dtype)
+    return counter.training(patches), counter.prediction(patches)
 
 
 class _Counter:
@@ -109,37 +139,46 @@ class _Counter:
             raise ConfigError(f"no footprint for the device {device_type!r}; choose {' or '.join(RESERVE)}")
         self._device_type, self._dtype = device_type, dtype
         self._device = torch.device("cuda" if device_type == "cuda" and torch.cuda.is_available() else "cpu")
-        self._model = blueprint(model_name, options, feature_dim)
+        self._blueprint = partial(blueprint, model_name, options, feature_dim)
 
-    def training(self, patches: Mapping[int, int]) -> Footprint:
+    def training(self, patches: Mapping[int, int]) -> PassCost:
         """Forward and backward of one slide. Gradients are there from the start, as in a step's later batches."""
-        with self._counting() as (storages, model), torch.enable_grad():
+        with self._counting() as (flops, storages, model), torch.enable_grad():
             model.train()
             weights = storages.now
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter)
             held = storages.now
-            batch = self._batch(patches)
+            batch = self._batch(model, patches)
             features = storages.now - held
             with self._autocast():
                 parts = [logits.float() for _, logits in model.training_logits(batch)]
             saved = storages.now - held - features
             torch.autograd.backward([logits.sum() for logits in parts if logits.requires_grad])
             transient = storages.peak - held - features - saved
-        return Footprint(weights, 3 * weights, features, saved, transient, RESERVE[self._device_type])
+        learnt = sum(parameter.nbytes for parameter in model.parameters())
+        found = Footprint(weights, 3 * learnt, features, saved, transient, RESERVE[self._device_type])
+        return PassCost(flops.total, found)
+
+    def prediction(self, patches: Mapping[int, int]) -> PassCost:
+        """Forward of one slide in evaluation mode."""
+        with self._counting() as (flops, storages, model), torch.no_grad(), model.evaluating():
+            weights = storages.now
+            batch = self._batch(model, patches)
+            features = storages.now - weights
+            with self._autocast():
+                model(batch)
+            transient = storages.peak - weights - features
+        return PassCost(flops.total, Footprint(weights, 0, features, 0, transient, RESERVE[self._device_type]))
 
     @contextmanager
-    def _counting(self) -> Iterator[tuple[_Storages, SurvivalModel]]:
-        with FakeTensorMode(allow_non_fake_inputs=True), _Storages() as storages:
-            yield storages, self._model.to_empty(device=self._device)
+    def _counting(self) -> Iterator[tuple[FlopCount, _Storages, SurvivalModel]]:
+        model = self._blueprint()
+        with FakeTensorMode(allow_non_fake_inputs=True), FlopCount() as flops, _Storages() as storages:
+            yield flops, storages, model.to_empty(device=self._device)
 
-    def _batch(self, patches: Mapping[int, int]) -> BagBatch:
-        model = self._model
-        for scale in model.scales:
-            if patches.get(scale, 0) < 1:
-                raise MissingScaleError(f"{model.name} needs {scale}x, of which there is no patch")
-        sizes, extras = {scale: patches[scale] for scale in model.scales}, model.options.extras()
-        return made_up_slide(sizes, model.feature_dim, extras, device=self._device, dtype=self._dtype, random=False)
+    def _batch(self, model: SurvivalModel, patches: Mapping[int, int]) -> BagBatch:
+        return drawn_batch(model, patches, device=self._device, dtype=self._dtype)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._device_type == "cpu":

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from cftrain.cache import size_text
+from cftrain.config import RunConfig
 from cftrain.estimate import seconds_per_patch
 from cftrain.experiment import Prepared
+from cftrain.folds import FoldExamples, inner_fold
 from cftrain.learner import make_model
 
 _TRIED_SLIDES = 3
@@ -20,7 +22,11 @@ _VALIDATION = 1 / 3
 
 @dataclass(frozen=True)
 class RunForecast:
-    """One run: its model and what its largest step needs; seconds are of all folds and epochs."""
+    """One run: its model and what its largest step needs; seconds are of all folds and epochs.
+
+    `held_out` is the share of the training patients that inner models are validated on, 0 where there are none; the
+    seconds count those models.
+    """
 
     model: str
     seed: int
@@ -29,6 +35,7 @@ class RunForecast:
     batch_patches: int
     step_bytes: int
     compute_seconds: float
+    held_out: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,10 @@ class Forecast:
             f"  {run.model}, seed {run.seed}: {run.epochs} epochs, {run.n_parameters:,} parameters, batches of up to "
             f"{run.batch_patches:,} patches; the largest step needs {size_text(run.step_bytes)}, "
             f"computing takes about {_duration(run.compute_seconds)}"
+            + (
+                f", the inner models that choose an epoch counted ({100 * run.held_out:g} % held out)"
+                * bool(run.held_out)
+            )
             for run in self.runs
         ]
         sharing = f"folds share readings, {self.groups} group(s)" if self.fused else "every fold reads for itself"
@@ -144,9 +155,16 @@ def forecast(ready: Prepared) -> Forecast:
 
 
 def _share_visited(ready: Prepared) -> float:
-    """The part of the cohort that a fold trains or validates on, on average."""
-    folds = ready.data.folds
+    """The part of the cohort that a learner trains or is validated on, on average."""
+    folds = [fold for config in ready.configs for fold in _folds(ready, config)]
     return sum(len(fold.train) + len(fold.val) for fold in folds) / len(folds) / len(ready.data.examples)
+
+
+def _folds(ready: Prepared, config: RunConfig) -> list[FoldExamples]:
+    """What the learners of a run are trained and validated on, the inner ones last."""
+    train, folds = config.train, ready.data.folds
+    inner = [inner_fold(fold, train.nested, train.seed) for fold in folds] if config.has_inner else []
+    return [*folds, *inner]
 
 
 def _run(ready: Prepared, number: int) -> RunForecast:
@@ -157,8 +175,9 @@ def _run(ready: Prepared, number: int) -> RunForecast:
     }
     model = make_model(config, data.cohort.dim).to(ready.device)
     per_patch = seconds_per_patch(model, mean, ready.device)
-    trained = sum(example.total_patches for fold in data.folds for example in fold.train)
-    validated = sum(example.total_patches for fold in data.folds for example in fold.val)
+    folds = _folds(ready, config)
+    trained = sum(example.total_patches for fold in folds for example in fold.train)
+    validated = sum(example.total_patches for fold in folds for example in fold.val)
     seconds = config.train.epochs * per_patch * (trained + _VALIDATION * validated) / ready.jobs
     return RunForecast(
         model=config.model.name,
@@ -168,6 +187,7 @@ def _run(ready: Prepared, number: int) -> RunForecast:
         batch_patches=config.train.batch_patches,
         step_bytes=ready.step_bytes[number],
         compute_seconds=seconds,
+        held_out=config.train.nested if config.has_inner else 0.0,
     )
 
 

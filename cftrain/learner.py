@@ -32,6 +32,8 @@ from cftrain.order import Schedule, Step, pack_seed, shared_out, steps_of
 from cftrain.ranks import Ranks
 from cftrain.results import Epoch, FoldResult, Predictions, predictions_of, scores, without_nan
 from cftrain.survival import TimeBins, class_weights, fit_bins
+from cftrain.training_fold import FoldData
+from cftrain.zoo import model_info
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -81,6 +83,10 @@ def seconds_before(out: Path) -> float:
 class Learner:
     """Trains one fold, step by step, as the passes over the cohort bring its examples by.
 
+    An inner learner is one whose fold is inner: it leaves metrics.jsonl and no weights. The fold that it chooses an
+    epoch for trains to the end of the schedule, also where patience has ended what its other rules look at, and
+    keeps what it predicts after every epoch.
+
     Parameters
     ----------
     out
@@ -88,22 +94,24 @@ class Learner:
     """
 
     def __init__(self, config: RunConfig, data: RunData, fold: FoldExamples, out: Path, device: torch.device) -> None:
-        self.config, self.fold, self.out, self.device = config, fold, out, device
-        self.bins = _fit_bins(config, data, fold)
+        self.config, self.fold, self.out, self.device, self._data = config, fold, out, device, data
+        self.bins = bins_of(config, data, fold)
         self.schedule = Schedule(
             fold=fold,
             seed=config.train.seed,
             epochs=config.train.epochs,
             accumulate=config.train.accumulate,
             batch_patches=config.train.batch_patches,
+            trains=model_info(config.model.name).by_gradient,
             weights=_weights(config, fold, self.bins),
         )
         torch.manual_seed(config.train.seed * 1000 + fold.number)
         self.model = make_model(config, data.cohort.dim).to(device)
         self.validated: SurvivalModel | None = None
         """The weights after the epoch before: those that are validated while the next epoch trains."""
+        parameters = [{"params": list(self.model.parameters())}]  # a model that is only fitted has none
         self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
+            parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
         )
         self.number = 0
         """The pass it is in; pass `epochs` only validates."""
@@ -119,6 +127,15 @@ class Learner:
         self._now, self._before = _EpochSoFar(), _EpochSoFar()
         self._val = self._no_predictions()
         self._best = self._no_predictions()
+        chosen_for = config.has_inner and not fold.inner
+        self._every = torch.stack([self._no_predictions()] * config.train.epochs) if chosen_for else None
+        """What it predicted after each epoch, where one is to be chosen: [epochs, examples, K]."""
+        self._last: int | None = None
+        """The epoch at which patience ran out, if it trains on."""
+
+    def fit(self) -> None:
+        """Let a fresh model take from the training examples what no step teaches it."""
+        self.model.fit(FoldData(self._data, self.fold, self.bins))
 
     # -- the passes ------------------------------------------------------------------------------
 
@@ -169,7 +186,7 @@ class Learner:
             loss = train_step(self.model, self.optimizer, task, bags, self.bins, self.config.train, ranks)
         except NonFiniteError as error:
             if self.config.train.on_nan == "stop":
-                message = f"fold {self.fold.number}, epoch {self.number + 1}: {error}; --set train.on_nan=skip goes on"
+                message = f"{self.fold.name}, epoch {self.number + 1}: {error}; --set train.on_nan=skip goes on"
                 raise NonFiniteError(message) from error
             self._now.skipped.append(str(error))
             return
@@ -190,15 +207,25 @@ class Learner:
     def end(self, ranks: Ranks) -> Epoch | None:
         """End a pass: the epoch before it is measured now. Returns it; None after the first pass."""
         epoch = self._measured(ranks) if self.number > 0 else None
-        patience = self.config.train.patience
-        stale = bool(patience and epoch and self.best is not None and epoch.epoch - 1 - self.best >= patience)
-        self.finished = stale or self.number >= self.config.train.epochs
+        stale = epoch is not None and self._stale(epoch)
+        over = self.number >= self.config.train.epochs
+        self.finished = over or (stale and self._every is None)
         self.number, self.steps_done, self._begun = self.number + 1, 0, False
         self._changed = True
-        if self.finished and ranks.first:
-            assert self.validated is not None  # noqa: S101 - at least one epoch was measured
-            save_weights(self.validated, self.out / "last_epoch.safetensors", epoch=str(len(self.epochs)))
+        if (self.finished or stale) and self._last is None:
+            self._keep_weights("last_epoch.safetensors", len(self.epochs), ranks)
+            self._last = None if self.finished else len(self.epochs)
         return epoch
+
+    def _stale(self, epoch: Epoch) -> bool:
+        patience = self.config.train.patience
+        return bool(patience and self.best is not None and epoch.epoch - 1 - self.best >= patience)
+
+    def _keep_weights(self, name: str, epoch: int, ranks: Ranks) -> None:
+        """Write the weights under validation; an inner learner's are of no use later."""
+        if ranks.first and not self.fold.inner:
+            assert self.validated is not None  # noqa: S101 - an epoch was measured
+            save_weights(self.validated, self.out / name, epoch=str(epoch))
 
     def _measured(self, ranks: Ranks) -> Epoch:
         prediction = self._predictions(self._val)
@@ -214,10 +241,11 @@ class Learner:
             skipped=tuple(self._before.skipped),
         )
         self.epochs.append(epoch)
-        if _selectable(epoch, self.epochs, self.best, self.config):
+        if self._every is not None:
+            self._every[epoch.epoch - 1] = self._val
+        if self._last is None and _selectable(epoch, self.epochs, self.best, self.config):
             self.best, self._best = len(self.epochs) - 1, self._val.clone()
-            if ranks.first and self.validated is not None:
-                save_weights(self.validated, self.out / "best_epoch.safetensors", epoch=str(epoch.epoch))
+            self._keep_weights("best_epoch.safetensors", epoch.epoch, ranks)
         if ranks.first:
             with (self.out / "metrics.jsonl").open("a") as log:
                 log.write(_line(epoch))
@@ -226,14 +254,16 @@ class Learner:
     def result(self) -> FoldResult:
         """What a finished learner yields."""
         assert self.finished and self.best is not None  # noqa: S101, PT018 - asked for only then
+        last = self._val if self._every is None or self._last is None else self._every[self._last - 1]
         return FoldResult(
             examples=self.fold,
             bins=self.bins,
-            epochs=tuple(self.epochs),
+            epochs=tuple(self.epochs[: self._last]),
             best=self.best,
-            last_prediction=self._predictions(self._val),
+            last_prediction=self._predictions(last),
             best_prediction=self._predictions(self._best),
             work=self.work,
+            logits=None if self._every is None else self._every.numpy(),
         )
 
     def _predictions(self, logits: Tensor) -> Predictions:
@@ -256,17 +286,23 @@ class Learner:
             "finished": self.finished,
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "best": self.best,
+            "last": self._last,
             "work": asdict(self.work),
             "elapsed": elapsed,
             "now": asdict(self._now),
             "before": asdict(self._before),
         }
-        tensors = {"val": self._val, "best": self._best}
+        tensors = self._kept()
         if not self.finished:
             tensors |= _named("model", self.model.state_dict()) | _adam(self.optimizer)
             if self._begun and self.validated is not None:
                 tensors |= _named("validated", self.validated.state_dict())
         write_tensors(self.out / CHECKPOINT, tensors, json.dumps(state))
+
+    def _kept(self) -> dict[str, Tensor]:
+        """Predictions, by their name in the checkpoint."""
+        kept = {"val": self._val, "best": self._best}
+        return kept if self._every is None else kept | {"every": self._every}
 
     def restore(self) -> bool:
         """Go on where the checkpoint stands; False where there is none.
@@ -290,13 +326,14 @@ class Learner:
         self.number, self.steps_done = state["number"], state["steps_done"]
         self._begun, self.finished = state["begun"], state["finished"]
         self.epochs = [Epoch.of(row) for row in state["epochs"]]
-        self.best, self.elapsed, self.work = state["best"], state["elapsed"], Work(**state["work"])
+        self.best, self._last = state["best"], state.get("last")
+        self.elapsed, self.work = state["elapsed"], Work(**state["work"])
         self._now, self._before = _EpochSoFar(**state["now"]), _EpochSoFar(**state["before"])
-        for name, shape in (("val", self._val.shape), ("best", self._best.shape)):
-            if tensors[name].shape != shape:
-                message = f"predictions are {list(tensors[name].shape)}, the fold needs {list(shape)}"
+        for name, held in self._kept().items():
+            if tensors[name].shape != held.shape:
+                message = f"predictions are {list(tensors[name].shape)}, the fold needs {list(held.shape)}"
                 raise ValueError(message)
-        self._val, self._best = tensors["val"].clone(), tensors["best"].clone()
+            held.copy_(tensors[name])
         if not self.finished:
             self.model.load_state_dict(_under("model", tensors))
             _load_adam(self.optimizer, tensors)
@@ -318,10 +355,20 @@ def _line(epoch: Epoch) -> str:
     return json.dumps(without_nan(asdict(epoch))) + "\n"
 
 
-def _fit_bins(config: RunConfig, data: RunData, fold: FoldExamples) -> TimeBins:
-    """Bins from the patients of the training fold, or as the paper's code: from all slides of the cohort."""
+def bins_of(config: RunConfig, data: RunData, fold: FoldExamples) -> TimeBins:
+    """Bins from the patients of the training fold, or as the paper's code: from all slides of the cohort.
+
+    To an inner fold its two parts are the cohort: labels of the reported part have no say in what it chooses.
+
+    Raises
+    ------
+    ConfigError
+        Too few deaths for so many bins.
+    """
     if config.bins.fitted_on == "train":
         labels = list({each.patient_id: (each.time_months, each.event) for each in fold.train}.values())
+    elif fold.inner:
+        labels = [(each.time_months, each.event) for each in fold.train + fold.val for _ in each.slide_ids]
     else:
         labels = [(slide.time_months, slide.event) for slide in data.cohort.slides]
     times = np.array([months for months, _ in labels])
@@ -337,7 +384,7 @@ def _weights(config: RunConfig, fold: FoldExamples, bins: TimeBins) -> NDArray[n
 
 def _selectable(epoch: Epoch, epochs: Sequence[Epoch], best: int | None, config: RunConfig) -> bool:
     """Whether `epoch` is the best so far, among those that may be selected."""
-    if epoch.epoch < min(config.train.select_from, config.train.epochs):
+    if epoch.epoch < config.train.first_selectable:
         return False
     return best is None or (math.isfinite(epoch.c_index) and not epoch.c_index <= epochs[best].c_index)
 

@@ -83,7 +83,7 @@ def train_step(
         A loss or a gradient is NaN or Inf; names the slides, and leaves the weights as they were.
     """
     model.train()
-    device = next(model.parameters()).device
+    device = model.device
     labels = _Labels.of(task.visits, bins, device)
     slices = task.slices()
     losses = torch.zeros(len(task.visits), device=device)
@@ -122,7 +122,7 @@ def predict(model: SurvivalModel, task: Task, bags: Bags, n_outputs: int, ranks:
         A logit is NaN or Inf; names the slide.
     """
     model.eval()
-    device = next(model.parameters()).device
+    device = model.device
     logits = torch.zeros(len(task.visits), n_outputs, dtype=torch.float64, device=device)
     slices = task.slices()
     for index in task.own:
@@ -161,7 +161,7 @@ class _Labels:
 def _parts(model: SurvivalModel, batch: BagBatch, seed: int) -> _Parts:
     """Logits with the dropout masks of that seed."""
     torch.manual_seed(seed)
-    with autocast(next(model.parameters()).device):
+    with autocast(model.device):
         return model.training_logits(batch)
 
 

@@ -91,6 +91,8 @@ class Schedule:
         `train.seed`; names weighted draws.
     epochs, accumulate, batch_patches
         Of `TrainConfig`.
+    trains
+        Whether it has steps to learn from; otherwise it is only validated.
     weights : [len(fold.train)]
         Draw with replacement by these; None visits each example once.
     """
@@ -100,6 +102,7 @@ class Schedule:
     epochs: int
     accumulate: int
     batch_patches: int
+    trains: bool = True
     weights: NDArray[np.float64] | None = None
 
 
@@ -125,7 +128,7 @@ def steps_of(schedule: Schedule, number: int, places: Mapping[str, int] | None) 
     fold = schedule.fold
     val = fold.val if number > 0 else ()
     rows: Sequence[int] = ()
-    if number < schedule.epochs:
+    if schedule.trains and number < schedule.epochs:
         drawn = draw(len(fold.train), weights=schedule.weights, seed=schedule.seed, epoch=number, fold=fold.number)
         rows = drawn.tolist()
     if places is None:

@@ -143,7 +143,9 @@ def _take(group: Group, turn: _Turn, window: Window) -> Work:
     """Do one step; returns what it cost."""
     feed, learner = group.feed, turn.learner
     started, waited, read = time.perf_counter(), feed.wait_seconds, feed.bytes_read
-    learner.do(turn.step, turn.task, partial(window.batch, scales=learner.model.scales), group.ranks)
+    model = learner.model
+    bags = partial(window.batch, scales=model.scales, extras=model.options.extras())
+    learner.do(turn.step, turn.task, bags, group.ranks)
     window.done(step_visits(turn.step, turn.task.own))
     waited = feed.wait_seconds - waited
     visits = turn.step.visits

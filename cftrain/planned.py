@@ -11,6 +11,9 @@ from cftrain.config import RunConfig, load_config
 from cftrain.errors import RunError
 from cftrain.run_directory import begun, stored_provenance, unfinished
 
+_MOST_NAMES = 3
+"""In the name of a directory."""
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -55,7 +58,8 @@ def new_runs(
     if out is None:
         data = configs[0].data
         what = data.cohort or ("where" if data.where else "shards")
-        called = "+".join(dict.fromkeys(config.model.name for config in configs))
+        names = list(dict.fromkeys(config.model.name for config in configs))
+        called = "+".join(names) if len(names) <= _MOST_NAMES else f"{len(names)}_models"
         out = runs / f"{what}-{called}-{stamp}"
     outs = tuple(out / label for label in labels)
     return Planned(tuple(configs), outs, tuple(labels) if len(labels) > 1 else (), store)

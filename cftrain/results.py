@@ -70,8 +70,48 @@ def predictions_of(logits: Tensor, examples: Sequence[Example], bins: TimeBins, 
 
 
 @dataclass(frozen=True, eq=False)
+class Nested:
+    """What nested validation chose for a fold, and how its own model does there.
+
+    Parameters
+    ----------
+    epoch
+        From 1.
+    c_index, c_index_patient
+        On the fold's validation part.
+    prediction
+        For that part.
+    n_held_out, n_held_out_events
+        Training patients that the inner model was validated on, and deaths among them; 0 where no choice was left.
+    c_index_held_out
+        Of the inner model at that epoch, on those; NaN where it is undefined in every epoch, or nobody was held out.
+    """
+
+    epoch: int
+    c_index: float
+    c_index_patient: float
+    prediction: Predictions
+    n_held_out: int = 0
+    n_held_out_events: int = 0
+    c_index_held_out: float = math.nan
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the held-out patients could not say, so that it is the last epoch."""
+        return self.n_held_out > 0 and math.isnan(self.c_index_held_out)
+
+
+@dataclass(frozen=True, eq=False)
 class FoldResult:
-    """A trained fold: its epochs, and predictions under both selection rules."""
+    """A trained fold: its epochs, and predictions under all selection rules.
+
+    Parameters
+    ----------
+    logits : [E, N, K] float64, optional
+        For the validation part after every epoch of the schedule, where an inner model chooses one of them.
+    nested
+        What it chose; None before that, and without `train.nested`.
+    """
 
     examples: FoldExamples
     bins: TimeBins
@@ -80,6 +120,8 @@ class FoldResult:
     last_prediction: Predictions
     best_prediction: Predictions
     work: Work
+    logits: NDArray[np.float64] | None = None
+    nested: Nested | None = None
 
     @property
     def last_epoch(self) -> Epoch:
@@ -135,7 +177,7 @@ def without_nan(value: Any) -> Any:
 
 
 def write_predictions(out: Path, results: Sequence[FoldResult]) -> None:
-    """One row per validated slide: labels, risk under both rules, and survival per bin (last epoch)."""
+    """One row per validated slide: labels, risk under each rule, and survival per bin (last epoch)."""
     tables = []
     for result in results:
         rows = SlideRows.of(result.examples.val)
@@ -149,6 +191,8 @@ def write_predictions(out: Path, results: Sequence[FoldResult]) -> None:
             "risk": last.risk[rows.example],
             "risk_best_epoch": best.risk[rows.example],
         }
+        if result.nested is not None:
+            columns["risk_nested"] = result.nested.prediction.risk[rows.example]
         if last.survival is not None:
             survival = last.survival[rows.example]
             columns |= {f"survival_{k + 1}": survival[:, k] for k in range(survival.shape[1])}

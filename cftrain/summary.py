@@ -15,8 +15,9 @@ from cftrain.assessment import FoldOutcome, assess
 from cftrain.config import RunConfig, TrainConfig
 from cftrain.data import RunData
 from cftrain.feed import Work
+from cftrain.nested import nested_rule
 from cftrain.provenance import device_name
-from cftrain.results import FoldResult, SlideRows, outcomes, without_nan
+from cftrain.results import FoldResult, Nested, SlideRows, outcomes, without_nan
 from cftrain.survival import c_index, log_rank_median_split, summarise
 from cftrain.survival.covariates import covariates_of
 from cftrain.survival.regression import CoxTable, cox_regression, standardised
@@ -106,10 +107,35 @@ def _fold_row(result: FoldResult) -> dict[str, Any]:
         "c_index_patient": last.c_index_patient,
         "c_index_best_epoch": best.c_index,
         "c_index_patient_best_epoch": best.c_index_patient,
+        **(_nested_row(result.nested) if result.nested else {}),
         "skipped_steps": sum(len(epoch.skipped) for epoch in result.epochs),
         "seconds": result.work.compute_seconds + result.work.wait_seconds,
         "data_wait_seconds": result.work.wait_seconds,
     }
+
+
+def _nested_row(nested: Nested) -> dict[str, Any]:
+    return {
+        "epoch_nested": nested.epoch,
+        "c_index_nested": nested.c_index,
+        "c_index_patient_nested": nested.c_index_patient,
+        "n_held_out_patients": nested.n_held_out,
+        "n_held_out_events": nested.n_held_out_events,
+        "c_index_held_out": nested.c_index_held_out,
+    }
+
+
+def _nested(config: RunConfig, results: Sequence[FoldResult]) -> dict[str, Any]:
+    """The C-indices after the epochs that inner models chose; nothing without `train.nested`."""
+    chosen = [(result.examples.number, result.nested) for result in results if result.nested]
+    if not chosen:
+        return {}
+    rule = nested_rule(config, chosen)
+    values = {
+        "c_index_nested": [nested.c_index for _, nested in chosen],
+        "c_index_patient_nested": [nested.c_index_patient for _, nested in chosen],
+    }
+    return {name: {**summarise(folds), "rule": rule} for name, folds in values.items()}
 
 
 def total_work(results: Sequence[FoldResult]) -> Work:
@@ -157,7 +183,7 @@ def write_summary(
     """Write and return summary.json: every C-index with the rule that chose its epoch."""
     honest, slides = last_epoch_rule(config.train), data.cohort.slides
     people = {slide.patient_id: slide.event for slide in slides}
-    log_rank = _log_rank(results)
+    log_rank, nested = _log_rank(results), _nested(config, results)
     assessed = outcomes(results)
     summary: dict[str, Any] = {
         "cohort": data.cohort.name,
@@ -174,8 +200,10 @@ def write_summary(
         "c_index_patient": _metric(results, lambda r: r.last_epoch.c_index_patient, honest),
         "c_index_best_epoch": _metric(results, lambda r: r.best_epoch.c_index, BEST_EPOCH_RULE),
         "c_index_patient_best_epoch": _metric(results, lambda r: r.best_epoch.c_index_patient, BEST_EPOCH_RULE),
+        **nested,
         "std_ddof": 1,
-        "selection": {"c_index": honest, "c_index_best_epoch": BEST_EPOCH_RULE},
+        "selection": {"c_index": honest, "c_index_best_epoch": BEST_EPOCH_RULE}
+        | ({"c_index_nested": nested["c_index_nested"]["rule"]} if nested else {}),
         "log_rank_p": log_rank["p"],
         "log_rank": log_rank,
         "assessment": assess(assessed),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cftrain.data import RunData
 from cftrain.device import make_deterministic
 from cftrain.errors import RunError, StoppedError
 from cftrain.feed import Feed
+from cftrain.folds import inner_fold
 from cftrain.learner import Learner, seconds_before
 from cftrain.passes import Beat, Clock, Group, stopped, train
 from cftrain.ranks import ALONE, Ranks
@@ -31,10 +33,11 @@ from cftrain.stopping import StopRequest, listening
 
 @dataclass(frozen=True)
 class Spec:
-    """A learner before it exists: which run, by its place in the list, and which fold."""
+    """A learner before it exists: which run, by its place in the list, and which fold; `inner`: that fold's inner."""
 
     run: int
     fold: int
+    inner: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,15 @@ class Team:
 
 @dataclass(frozen=True)
 class Told:
-    """Whom to tell what, while learners train: (run, fold, epoch), and progress."""
+    """Whom to tell what, while learners train: (run, fold, epoch), the same of inner learners, and progress."""
 
     on_epoch: Callable[[int, int, Epoch], None]
+    on_inner_epoch: Callable[[int, int, Epoch], None]
     on_beat: Callable[[Beat], None]
+
+    def epoch(self, spec: Spec, epoch: Epoch) -> None:
+        """An epoch of this learner was measured."""
+        (self.on_inner_epoch if spec.inner else self.on_epoch)(spec.run, spec.fold, epoch)
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,9 @@ class Done:
     peak_bytes: int
 
 
-def fold_directory(out: Path, fold: int) -> Path:
-    """Where a fold's files are."""
-    return out / f"fold_{fold}"
+def fold_directory(out: Path, fold: int, *, inner: bool = False) -> Path:
+    """Where the files of a fold are, or of its inner learner."""
+    return out / f"fold_{fold}" / "inner" if inner else out / f"fold_{fold}"
 
 
 def train_teams(
@@ -96,7 +104,7 @@ def train_teams(
     RunError
         A checkpoint cannot be read.
     """
-    begun = (seconds_before(fold_directory(team.outs[spec.run], spec.fold)) for specs in groups for spec in specs)
+    begun = (seconds_before(_directory(team, spec)) for specs in groups for spec in specs)
     clock = Clock(max(begun, default=0.0))
     if jobs == 1 or len(groups) < 2:
         feed = _feed(team)
@@ -109,7 +117,8 @@ def train_teams(
 def _feed(team: Team) -> Feed:
     data = team.data
     make_deterministic(team.device)
-    return Feed(data, data.cohort.scales, team.configs[0].data, team.device, team.cache)
+    extras = sorted({extra for config in team.configs for extra in config.extras()})
+    return Feed(data, data.cohort.scales, team.configs[0].data, team.device, team.cache, tuple(extras))
 
 
 def _train_group(
@@ -117,7 +126,8 @@ def _train_group(
 ) -> Iterator[Done]:
     learners = {_learner(team, spec): spec for spec in specs}
     for learner in learners:
-        learner.restore()
+        if not learner.restore():
+            learner.fit()
         if ranks.first:
             learner.rewrite_log()
     ranks.barrier()
@@ -127,7 +137,7 @@ def _train_group(
         ranks=ranks,
         stop=stop,
         clock=clock,
-        on_epoch=lambda learner, epoch: told.on_epoch(learners[learner].run, learners[learner].fold, epoch),
+        on_epoch=lambda learner, epoch: told.epoch(learners[learner], epoch),
         on_beat=told.on_beat,
     )
     for learner in train(group):
@@ -135,8 +145,14 @@ def _train_group(
 
 
 def _learner(team: Team, spec: Spec) -> Learner:
-    fold = next(fold for fold in team.data.folds if fold.number == spec.fold)
-    return Learner(team.configs[spec.run], team.data, fold, fold_directory(team.outs[spec.run], spec.fold), team.device)
+    fold, config = next(fold for fold in team.data.folds if fold.number == spec.fold), team.configs[spec.run]
+    if spec.inner:
+        fold = inner_fold(fold, config.train.nested, config.train.seed)
+    return Learner(config, team.data, fold, _directory(team, spec), team.device)
+
+
+def _directory(team: Team, spec: Spec) -> Path:
+    return fold_directory(team.outs[spec.run], spec.fold, inner=spec.inner)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -213,10 +229,19 @@ def _let_end(pending: Collection[Future[list[Done]]], queue: Any) -> None:
 
 
 def _tell(told: Told, what: str, *words: Any) -> None:
-    (told.on_epoch if what == "epoch" else told.on_beat)(*words)
+    listeners: dict[str, Callable[..., None]] = {
+        "epoch": told.on_epoch,
+        "inner": told.on_inner_epoch,
+        "beat": told.on_beat,
+    }
+    listeners[what](*words)
+
+
+def _put(what: str, *words: Any) -> None:
+    _told.put((what, *words))
 
 
 def _in_process(team: Team, specs: Sequence[Spec], clock: Clock) -> list[Done]:
-    told = Told(lambda *words: _told.put(("epoch", *words)), lambda beat: _told.put(("beat", beat)))
+    told = Told(*(partial(_put, what) for what in ("epoch", "inner", "beat")))
     with listening(lambda: signal.SIGTERM if _asked.is_set() else None) as stop:
         return list(_train_group(team, specs, _feed(team), ALONE, stop, clock, told))

@@ -59,6 +59,8 @@ SQL_NOTES = {
     "bags": "One row per slide, scale and encoder.",
     "splits": "One row per patient, fold and part.",
     "skipped": "Slides that the last ingest of a folder left out. Mended and ingested, they leave this table.",
+    "derived": "One row per slide and derivation: what `cfstore derive` computed of the bags that are there now.",
+    "prototypes": "One row per set of k-means centroids, each of exactly one training set.",
 }
 
 

@@ -18,30 +18,13 @@ def result_lines(summary: Mapping[str, Any]) -> list[str]:
         lines = ["", "SYNTHETIC DATA: invented by `cfstore synth`, about no real patient", ""]
     else:
         lines = [""]
-    head = ("fold", "epochs", "C-index", "per patient", "best epoch", "C-index there", "per patient")
-    rows = [
-        (
-            str(fold["fold"]),
-            str(fold["epochs"]),
-            number(fold["c_index"]),
-            number(fold["c_index_patient"]),
-            str(fold["best_epoch"]),
-            number(fold["c_index_best_epoch"]),
-            number(fold["c_index_patient_best_epoch"]),
-        )
-        for fold in summary["folds"]
-    ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
-    lines += [
-        "",
-        f"C-index             {_spread(summary['c_index'])} per slide, "
-        f"{_spread(summary['c_index_patient'])} per patient",
-        f"                    {summary['c_index']['rule']}",
-        f"C-index, best epoch {_spread(summary['c_index_best_epoch'])} per slide, "
-        f"{_spread(summary['c_index_patient_best_epoch'])} per patient",
-        f"                    {summary['c_index_best_epoch']['rule']}",
-    ]
+    rows = _fold_rows(summary)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines += ["", *_by_rule(summary, "C-index", "")]
+    if "c_index_nested" in summary:
+        lines += _by_rule(summary, "C-index, nested", "_nested")
+    lines += _by_rule(summary, "C-index, best epoch", "_best_epoch")
     if summary["reference"]:
         oracle, single = summary["reference"]["oracle"], summary["reference"]["best_single_scale"]
         lines.append(
@@ -58,6 +41,31 @@ def result_lines(summary: Mapping[str, Any]) -> list[str]:
     if skipped:
         lines.append(f"{skipped} steps were left out: a loss or gradient was not finite; see metrics.jsonl")
     return lines
+
+
+def _fold_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The table of folds under its head; three columns for each rule that chose an epoch."""
+    chosen = [("nested", "epoch_nested")] if "c_index_nested" in summary else []
+    chosen.append(("best_epoch", "best_epoch"))
+    head = ["fold", "epochs", "C-index", "per patient"]
+    for rule, _ in chosen:
+        head += [f"{rule.removesuffix('_epoch')} epoch", "C-index there", "per patient"]
+    rows = [head]
+    for fold in summary["folds"]:
+        row = [str(fold["fold"]), str(fold["epochs"]), number(fold["c_index"]), number(fold["c_index_patient"])]
+        for rule, epoch in chosen:
+            row += [str(fold[epoch]), number(fold[f"c_index_{rule}"]), number(fold[f"c_index_patient_{rule}"])]
+        rows.append(row)
+    return rows
+
+
+def _by_rule(summary: Mapping[str, Any], label: str, suffix: str) -> list[str]:
+    """Both C-indices of a rule, and the rule."""
+    slide, patient = summary[f"c_index{suffix}"], summary[f"c_index_patient{suffix}"]
+    return [
+        f"{label:<19} {_spread(slide)} per slide, {_spread(patient)} per patient",
+        f"{'':<19} {slide['rule']}",
+    ]
 
 
 def _assessed(found: Mapping[str, Any]) -> list[str]:

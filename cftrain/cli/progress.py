@@ -24,16 +24,21 @@ class Progress:
     labels
         One per run, e.g. "seed 8"; empty where there is one run.
     epochs
-        How many each fold trains for.
+        How many each run trains for.
     live
         Whether stderr is a terminal.
+    n_inner
+        How many of the runs have an inner learner beside every fold.
     """
 
-    def __init__(self, labels: Sequence[str], epochs: int, *, live: bool | None = None) -> None:
-        self._labels, self._epochs = labels, epochs
+    def __init__(
+        self, labels: Sequence[str], epochs: Sequence[int], *, live: bool | None = None, n_inner: int = 0
+    ) -> None:
+        self._labels, self._epochs, self._n_inner = labels, epochs, n_inner
         self._live = sys.stderr.isatty() if live is None else live
         self._drawn = 0
         self._lines: dict[tuple[int, int], str] = {}
+        self._inner_lines: dict[tuple[int, int], str] = {}
         self._beats: dict[tuple[str, ...], Any] = {}
         self._n_learners = 0
         self._started = self._said = time.monotonic()
@@ -47,7 +52,7 @@ class Progress:
         scales = ", ".join(f"{scale}x" for scale in cohort.scales)
         events = sum({slide.patient_id: slide.event for slide in cohort.slides}.values())
         parameters = " / ".join(f"{number:,}" for number in dict.fromkeys(n_parameters))
-        self._n_learners = len(n_parameters) * len(data.folds)
+        self._n_learners = (len(n_parameters) + self._n_inner) * len(data.folds)
         self._say(
             f"cohort {cohort.name}, encoder {cohort.encoder} (D={cohort.dim}), {scales}: "
             f"{len(cohort.slides)} slides of {cohort.n_patients} patients, {events} events; "
@@ -60,19 +65,38 @@ class Progress:
         """Where bags are kept is known."""
         self._say(plan.why)
 
+    def derive(self, done: int, total: int) -> None:
+        """Graphs and parents are derived, once and for all."""
+        text = f"deriving graphs, parents or means that the store lacks: {done} of {total} slides"
+        if self._live and done < total:
+            self._clear()
+            click.echo(text, err=True)
+            self._drawn = 1
+        elif done in (0, total) or time.monotonic() - self._said > _SILENCE_SECONDS:
+            self._say(text)
+
     def epoch(self, run: int, fold: int, epoch: Any) -> None:
         """An epoch of a fold was measured."""
-        text = (
-            f"{self._name(run, fold)}  epoch {epoch.epoch}/{self._epochs}  loss {epoch.train_loss:.3f}  "
-            f"val loss {epoch.val_loss:.3f}  val C-index {number(epoch.c_index_patient)} per patient"
-        )
-        self._lines[run, fold] = text
-        for why in epoch.skipped:
-            self._say(f"{self._name(run, fold)}  epoch {epoch.epoch}: step left out: {why}")
+        text = self._lines[run, fold] = self._measured(self._name(run, fold), run, epoch)
         if self._live:
             self._draw()
-        elif epoch.epoch in (1, self._epochs) or epoch.epoch % 5 == 0:
+        elif epoch.epoch in (1, self._epochs[run]) or epoch.epoch % 5 == 0:
             self._say(text)
+
+    def inner_epoch(self, run: int, fold: int, epoch: Any) -> None:
+        """An epoch of a fold's inner learner was measured; a pipe hears of its end alone."""
+        self._inner_lines[run, fold] = self._measured(f"{self._name(run, fold)} inner", run, epoch)
+        if self._live:
+            self._draw()
+
+    def _measured(self, name: str, run: int, epoch: Any) -> str:
+        """An epoch as a line; steps that were left out of it are said at once."""
+        for why in epoch.skipped:
+            self._say(f"{name}  epoch {epoch.epoch}: step left out: {why}")
+        return (
+            f"{name}  epoch {epoch.epoch}/{self._epochs[run]}  loss {epoch.train_loss:.3f}  "
+            f"val loss {epoch.val_loss:.3f}  val C-index {number(epoch.c_index_patient)} per patient"
+        )
 
     def beat(self, beat: Any) -> None:
         """A group of folds has come further."""
@@ -83,14 +107,15 @@ class Progress:
             self._say(self._total())
 
     def fold(self, run: int, result: Any) -> None:
-        """A fold is finished."""
-        self._lines.pop((run, result.examples.number), None)
+        """A fold, or its inner learner, is finished."""
+        inner, place = result.examples.inner, result.examples.number
+        (self._inner_lines if inner else self._lines).pop((run, place), None)
         work = result.work
         seconds = work.wait_seconds + work.compute_seconds
         share = 100 * work.wait_seconds / max(seconds, 1e-9)
         self._say(
-            f"{self._name(run, result.examples.number)}  done in {seconds:.0f} s ({share:.0f} % waiting for data): "
-            f"C-index {number(result.last_epoch.c_index_patient)} per patient"
+            f"{self._name(run, place)}{' inner' * inner}  done in {seconds:.0f} s ({share:.0f} % waiting for data): "
+            f"C-index {number(result.last_epoch.c_index_patient)} per patient{', held out of training' * inner}"
         )
 
     def end(self) -> None:
@@ -113,9 +138,10 @@ class Progress:
             self._drawn = 0
 
     def _draw(self) -> None:
-        lines = [*list(self._lines.values())[:_MOST_LINES], self._total()]
-        if len(self._lines) > _MOST_LINES:
-            lines.insert(-1, f"... and {len(self._lines) - _MOST_LINES} more folds")
+        learners = [*self._lines.values(), *self._inner_lines.values()]
+        lines = [*learners[:_MOST_LINES], self._total()]
+        if len(learners) > _MOST_LINES:
+            lines.insert(-1, f"... and {len(learners) - _MOST_LINES} more folds")
         width = shutil.get_terminal_size().columns - 1
         self._clear()
         click.echo("\n".join(line[:width] for line in lines), err=True)
@@ -123,7 +149,7 @@ class Progress:
 
     def _total(self) -> str:
         """How far all learners are, how fast, and how long it will take."""
-        passes = self._epochs + 1
+        passes = max(self._epochs) + 1
         share = sum(len(beat.learners) * (beat.number + beat.share) / passes for beat in self._beats.values())
         share /= max(self._n_learners, 1)
         if math.isnan(self._first_share):

@@ -13,7 +13,9 @@ import click
 from cftrain.cli.columns import padded
 from cftrain.cli.progress import excluded_lines, number
 
-METRICS: Final = ("c_index_patient", "c_index", "c_index_patient_best_epoch", "c_index_best_epoch")
+METRICS: Final = tuple(
+    f"{metric}{rule}" for rule in ("", "_best_epoch", "_nested") for metric in ("c_index_patient", "c_index")
+)
 FORMATS: Final = {".md": "markdown", ".csv": "csv", ".tex": "latex", ".json": "json"}
 _SHARE_TOLD: Final = 10  # per cent of the slides between two lines of progress
 _FEW_MONTHS: Final = 8

@@ -14,13 +14,18 @@ from cftrain.cli.outcome import result_lines
 from cftrain.cli.progress import Progress
 
 RUNS = Path("runs")
+_NESTED = "train.nested=0.2"
 
 
 @click.command()
 @click.option("--cohort", metavar="NAME", help="Cohort in the store (or data.cohort in --config).")
 @click.option("--where", metavar="SQL", help="Only slides that meet a condition on patients and slides.")
 @click.option(
-    "--model", "models", metavar="NAME", multiple=True, help="One of `cftrain models`; several train together."
+    "--model",
+    "models",
+    metavar="NAME",
+    multiple=True,
+    help="One of `cftrain models`; several train together; all: those that the features allow.",
 )
 @click.option(
     "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Train seeds train.seed, +1, ..."
@@ -33,6 +38,11 @@ RUNS = Path("runs")
 @click.option("--preset", metavar="NAME", help="recommended (the default), paper or demo.")
 @click.option("--config", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings, TOML.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. train.epochs=50.")
+@click.option(
+    "--nested",
+    is_flag=True,
+    help="Also choose each fold's epoch on 20 % of its training patients, by an inner model (train.nested).",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [default: runs/COHORT-MODEL-...].")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or with the latest unfinished one in runs/.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, read and needed, and do nothing.")
@@ -64,6 +74,7 @@ def run(
     preset: str | None,
     file: Path | None,
     settings: tuple[str, ...],
+    nested: bool,
     out: Path | None,
     resume: bool,
     dry_run: bool,
@@ -79,7 +90,8 @@ def run(
     """Cross-validate a model on a cohort and write a run directory.
 
     Two C-indices are reported, each with its rule: the last epoch of a schedule fixed
-    beforehand (honest), and the best epoch on the reported fold (the paper's; optimistic).
+    beforehand (honest), and the best epoch on the reported fold (the paper's; optimistic). --nested
+    adds a third: the epoch that an inner model chose on held-out training patients (honest).
 
     Killed at any moment, `--resume` goes on and ends with the same numbers, bit for bit on the same machine.
     On SIGTERM or SIGUSR1 a run writes its checkpoints and exits with 75. Several processes under torchrun
@@ -91,7 +103,9 @@ def run(
         cftrain run --cohort GBMLGG --dry-run
         cftrain run --cohort GBMLGG --model abmil --encoder vit4k --set train.epochs=30
         cftrain run --cohort GBMLGG --model abmil --model crossfusion --seeds 3
+        cftrain run --cohort GBMLGG --model all
         cftrain run --cohort BLCA --preset paper
+        cftrain run --cohort BLCA --preset paper --nested
         cftrain run --where "cohort = 'GBMLGG' AND age > 40"
         cftrain run --shards 'exported/{000..031}.tar'
         cftrain run --resume
@@ -106,6 +120,7 @@ def run(
         "data.shards": shards,
         "data.cache": cache,
     }
+    settings = (_NESTED, *settings) if nested else settings  # a share of the user's own comes later and wins
     if resume:
         from cftrain.planned import resumed
 
@@ -118,6 +133,8 @@ def run(
     else:
         from cftrain.planned import new_runs
 
+        if "all" in models:
+            models = _all_models(store, preset, file, flags, settings)
         planned = new_runs(
             out,
             RUNS,
@@ -140,6 +157,17 @@ def run(
     _train(planned, device, jobs, fuse, resume, tensorboard, as_json)
 
 
+def _all_models(
+    store: Path, preset: str | None, file: Path | None, flags: dict[str, str | None], settings: tuple[str, ...]
+) -> tuple[str, ...]:
+    from cftrain.fitting_models import fitting_models
+
+    fitting = fitting_models(store, preset=preset, file=file, flags=flags, settings=settings)
+    for name, reason in fitting.left_out.items():
+        click.echo(f"model {name} left out: {reason}", err=True)
+    return fitting.models
+
+
 def _say_plan(planned: Any, device: str, jobs: int, fuse: bool, as_json: bool) -> None:
     from cftrain.experiment import prepare
     from cftrain.forecast import forecast
@@ -153,13 +181,14 @@ def _train(planned: Any, device: str, jobs: int, fuse: bool, resume: bool, tenso
     from cftrain.ranks import rank
     from cftrain.report import write_report
 
-    told = Progress(planned.labels, planned.configs[0].train.epochs)
+    n_inner = sum(config.has_inner for config in planned.configs)
+    told = Progress(planned.labels, [config.train.epochs for config in planned.configs], n_inner=n_inner)
     on_epoch: Any = told.epoch
     if tensorboard:
         from cftrain.tensorboard import events
 
         on_epoch = events(planned.outs, told.epoch)
-    watch = Watcher(told.data, told.cache, on_epoch, told.beat, told.fold)
+    watch = Watcher(told.data, told.cache, told.derive, on_epoch, told.beat, told.fold, told.inner_epoch)
     try:
         finished = train_runs(
             planned.configs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +25,10 @@ METRICS: Final = {
     "c_index": ("C-index per slide", "risk"),
     "c_index_patient_best_epoch": ("C-index per patient (mean risk of the patient's slides)", "risk_best_epoch"),
     "c_index_best_epoch": ("C-index per slide", "risk_best_epoch"),
+    "c_index_patient_nested": ("C-index per patient (mean risk of the patient's slides)", "risk_nested"),
+    "c_index_nested": ("C-index per slide", "risk_nested"),
 }
+_NESTED: Final = "train.nested"
 
 _NO_EXPERIMENT: Final = {
     *RESUMABLE,
@@ -142,7 +145,7 @@ def read_run(folder: Path, metric: str) -> Run:
             model=str(summary["model"]),
             encoder=str(summary["encoder"]),
             preset=str(summary.get("preset") or ""),
-            settings=_settings(folder / "config.toml"),
+            settings=_settings(folder / "config.toml", metric),
             seed=summary.get("seed"),
             synthetic=bool(summary.get("synthetic")),
             folds=tuple(math.nan if value is None else float(value) for value in found["folds"]),
@@ -157,8 +160,37 @@ def read_run(folder: Path, metric: str) -> Run:
         raise RunError(msg) from error
 
 
-def _settings(path: Path) -> dict[str, str]:
-    """The settings of a run that tell it from others of the same model; none where it has no config.toml."""
+def with_metric(folders: Sequence[Path], metric: str) -> tuple[list[Path], list[Path]]:
+    """The folders of finished runs that a metric can be read of, and those that were trained without its rule.
+
+    Raises
+    ------
+    RunError
+        None has it.
+    """
+    if not metric.endswith("nested"):
+        return list(folders), []
+    lacking = [folder for folder in folders if metric not in _names_in(folder / "summary.json")]
+    if len(lacking) == len(folders):
+        msg = f"{lacking[0]}: the run has no {metric}; train with `cftrain run --nested` for it"
+        raise RunError(msg)
+    return [folder for folder in folders if folder not in lacking], lacking
+
+
+def _names_in(path: Path) -> Iterable[str]:
+    """The names in a summary; where it cannot be read, reading the run will say why."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return METRICS
+    return found if isinstance(found, dict) else METRICS
+
+
+def _settings(path: Path, metric: str) -> dict[str, str]:
+    """The settings of a run that tell it from others of the same model; none where it has no config.toml.
+
+    What nested validation holds out is another experiment to its own metrics, and changes no other number.
+    """
     if not path.is_file():
         return {}
     sections = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -168,12 +200,13 @@ def _settings(path: Path) -> dict[str, str]:
         if isinstance(values, dict)
         for name, value in values.items()
     }
-    return {key: value for key, value in flat.items() if key not in _NO_EXPERIMENT}
+    passed_over = _NO_EXPERIMENT if metric.endswith("nested") else {*_NO_EXPERIMENT, _NESTED}
+    return {key: value for key, value in flat.items() if key not in passed_over}
 
 
 def _rule(summary: dict[str, Any], metric: str) -> str:
     """How the epoch was chosen: as the metric says, else as the selection of its kind does."""
-    kind = "c_index_best_epoch" if metric.endswith("best_epoch") else "c_index"
+    kind = metric.replace("c_index_patient", "c_index")
     return str(summary[metric].get("rule") or summary["selection"][kind])
 
 

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from cftrain.compare.pairing import against
-from cftrain.compare.reading import METRICS, Run, find_runs, read_run
+from cftrain.compare.reading import METRICS, Run, find_runs, read_run, with_metric
 from cftrain.errors import ConfigError
 from cftrain.survival.resampling import mean_of_defined
 
@@ -117,8 +117,9 @@ def compare(
     runs
         Run directories, or folders that hold some, one or two levels down.
     metric
-        One of `METRICS`: `c_index_patient`, `c_index`, or either with `_best_epoch`. The p-values are of C-indices
-        per patient in any case, as slides of a patient are not independent, and of the same epoch's risks.
+        One of `METRICS`: `c_index_patient`, `c_index`, or either with `_best_epoch` or `_nested`. The p-values are of
+        C-indices per patient in any case, as slides of a patient are not independent, and of the same epoch's risks.
+        Runs without nested validation are left out of its metrics, with a note.
     replicates
         Resamples behind a p-value.
     seed
@@ -129,17 +130,17 @@ def compare(
     ConfigError
         There is no such metric, or `replicates` is below 1.
     RunError
-        A folder is no finished run, and holds none.
+        A folder is no finished run, and holds none; or no run has the metric.
     """
     if metric not in METRICS:
         msg = f"metric is {metric!r}; give one of {', '.join(METRICS)}"
         raise ConfigError(msg)
-    folders = find_runs(runs)
+    folders, lacking = with_metric(find_runs(runs), metric)
     read = [read_run(folder, metric) for folder in folders]
     cohorts = list(dict.fromkeys(run.cohort for run in read))
     of = _keys(read)
     names = _names(list(dict.fromkeys(of.values())))
-    notes = _notes(read)
+    notes = _notes(read) + [f"{'/'.join(each.parts[-2:])}: left out, it has no {metric}." for each in lacking]
     columns = []
     for cohort in cohorts:
         members: dict[str, list[Run]] = {}

@@ -172,8 +172,8 @@ def _gradients(model: SurvivalModel, batch: BagBatch, rows: _Rows, risk: RiskOf)
 
 
 def _risk_at(model: SurvivalModel, batch: BagBatch, rows: _Rows, risk: RiskOf) -> Tensor:
-    lengths = {scale: batch.lengths[scale] for scale in rows}
-    return risk(model.logits(replace(batch, features=rows, lengths=lengths)).cpu().double())[0]
+    features = {**batch.features, **rows}  # of all scales: extras may name rows of one that the model does not read
+    return risk(model.logits(replace(batch, features=features)).cpu().double())[0]
 
 
 def _mean(rows: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import cfstore
 from cfstore import Bag, SlideBags, Store
 from cftrain.errors import ConfigError
 from cftrain.examples import Example
-from cftrain.models import BagBatch
+from cftrain.extras import ExtraReader, derive_missing
+from cftrain.models import BagBatch, Extra
 from cftrain.prediction.slides import find_target
 from cftrain.prediction.trained import Member, TrainedRun
 from cftrain.run_directory import stored_provenance
@@ -123,6 +124,7 @@ def find_subject(trained: TrainedRun, source: Source, slide_id: str) -> Subject:
         raise ConfigError(message)
     encoder = target.data.cohort.encoder
     bags = _read(opened, encoder, trained.scales, example.slide_ids)
+    extras = _extras(opened, encoder, trained.config.extras(), bags)
     own = [row for row in found["bags"] if row["encoder"] == encoder and row["scale"] in trained.scales]
     place = example.slide_ids.index(slide_id)
     return Subject(
@@ -131,7 +133,7 @@ def find_subject(trained: TrainedRun, source: Source, slide_id: str) -> Subject:
         cohort=cohort,
         example=example,
         encoder=encoder,
-        batch=_batch(example, bags, trained.scales),
+        batch=_batch(example, bags, trained.scales, extras),
         rows={scale: _own_rows(bags, scale, place) for scale in trained.scales},
         bags=bags[place].bags,
         catalog=own,
@@ -150,10 +152,22 @@ def _read(store: Store, encoder: str, scales: Sequence[int], slide_ids: Sequence
     return [reader.read(slide_id).dequantised() for slide_id in slide_ids]
 
 
-def _batch(example: Example, bags: Sequence[SlideBags], scales: Sequence[int]) -> BagBatch:
+def _extras(
+    store: Store, encoder: str, extras: Sequence[Extra], slides: Sequence[SlideBags]
+) -> list[dict[Extra, torch.Tensor]]:
+    """What the model reads of each slide besides features; derived first where the store lacks it."""
+    slide_ids = [slide.slide_id for slide in slides]
+    derive_missing(store, encoder, extras, slide_ids, lambda done, total: None)
+    reader = ExtraReader(store, encoder, extras, slide_ids)
+    return [{extra: torch.from_numpy(rows) for extra, rows in reader.read(slide).items()} for slide in slides]
+
+
+def _batch(
+    example: Example, slides: Sequence[SlideBags], scales: Sequence[int], extras: Sequence[Mapping[Extra, torch.Tensor]]
+) -> BagBatch:
     """The bags of all slides of an example as one, in the order in which training puts them."""
-    joined = {scale: torch.cat([torch.from_numpy(slide.bags[scale].features) for slide in bags]) for scale in scales}
-    return BagBatch.pack([example.name], [joined])
+    bags = [{scale: torch.from_numpy(slide.bags[scale].features) for scale in scales} for slide in slides]
+    return BagBatch.pack([slide.slide_id for slide in slides], bags, extras).grouped([example.name], [len(slides)])
 
 
 def _own_rows(bags: Sequence[SlideBags], scale: int, place: int) -> slice:

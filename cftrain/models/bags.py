@@ -53,9 +53,7 @@ class BagBatch:
             raise ShapeError(f"features at {scale}x must be [{sum(lengths)}, D], got {list(rows.shape)}")
 
     def _check_extra(self, extra: Extra, rows: Tensor) -> None:
-        for scale in {extra.scale, extra.rows_of} - {0}:
-            if scale not in self.lengths:
-                raise ShapeError(f"{self.slide_ids[0]}: {extra.label}, but no features at {scale}x")
+        _check_scales_of(extra, self.slide_ids[0], self.lengths)
         if len(rows) != sum(self.lengths[extra.scale]):
             message = f"{extra.label} must have {sum(self.lengths[extra.scale])} rows, got {list(rows.shape)}"
             raise ShapeError(f"{self.slide_ids[0]}: {message}")
@@ -174,6 +172,7 @@ def _pack_extras(
 ) -> dict[Extra, Tensor]:
     found = {}
     for extra in sorted(set().union(*extras)):
+        _check_scales_of(extra, slide_ids[0], lengths)
         for slide_id, own in zip(slide_ids, extras, strict=True):
             if extra not in own:
                 raise MissingExtraError(f"{slide_id}: no {extra.label}, which other slides of the batch have")
@@ -183,6 +182,12 @@ def _pack_extras(
             rows = [_shifted(own, start) for own, start in zip(rows, starts, strict=False)]
         found[extra] = _join(rows)
     return found
+
+
+def _check_scales_of(extra: Extra, slide_id: str, lengths: Mapping[int, tuple[int, ...]]) -> None:
+    for scale in {extra.scale, extra.rows_of} - {0}:
+        if scale not in lengths:
+            raise ShapeError(f"{slide_id}: {extra.label}, but no features at {scale}x")
 
 
 def _shifted(rows: Tensor, start: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +76,12 @@ class SurvivalModel(nn.Module):
 
         The maps are exact, in memory for the patches alone.
 
-        A model returns the maps that `cftrain.zoo.MODELS[name].maps` lists, no others and in that order, all of one
-        forward pass `with self.evaluating(), torch.no_grad()`: the same in training and evaluation. Every patch of a
-        map's scale has one score, from 0 to 1, or slightly below 0 where the model's own attention is an approximation
-        and the map's entry says so; keys that stand for a patch besides its own, such as padding, count for it
-        (`patch_maps.on_patches`); what keys that stand for no patch receive is `elsewhere`. No table of queries and
-        keys is made (`attention_maps`).
+        A model returns the maps that `cftrain.zoo.MODELS[name].maps` lists, no others and in that order, without those
+        of scales that its options leave out, all of one forward pass `with self.evaluating(), torch.no_grad()`: the
+        same in training and evaluation. Every patch of a map's scale has one score, from 0 to 1, or slightly below 0
+        where the model's own attention is an approximation and the map's entry says so; keys that stand for a patch
+        besides its own, such as padding, count for it (`patch_maps.on_patches`); what keys that stand for no patch
+        receive is `elsewhere`. No table of queries and keys is made (`attention_maps`).
 
         Parameters
         ----------
@@ -110,6 +111,11 @@ class SurvivalModel(nn.Module):
             for module, training in modes:
                 module.training = training
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self._numbers()).device
+
     def rows(self, batch: BagBatch, scale: int) -> Tensor:
         """The packed features of one scale, [sum N_b, D], in the dtype the model computes in."""
         if scale not in batch.features:
@@ -136,4 +142,7 @@ class SurvivalModel(nn.Module):
     def _compute_dtype(self, device_type: str) -> torch.dtype:
         if torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
-        return next(self.parameters()).dtype
+        return next(self._numbers()).dtype
+
+    def _numbers(self) -> Iterator[Tensor]:
+        return chain(self.parameters(), self.buffers())

@@ -10,16 +10,32 @@ from cftrain.errors import ConfigError
 from cftrain.models.abmil import ABMIL
 from cftrain.models.base import SurvivalModel
 from cftrain.models.crossfusion import CrossFusion, CrossFusionConcat, CrossFusionSingle
+from cftrain.models.csmil import CSMIL
+from cftrain.models.deepgraphsurv import DeepGraphSurv
 from cftrain.models.dsmil import DSMIL
+from cftrain.models.mean_cox import MeanCox
+from cftrain.models.mustmil import MuSTMIL
+from cftrain.models.patch_gcn import PatchGCN
+from cftrain.models.protosurv import ProtoSurv
+from cftrain.models.scmil import SCMIL
 from cftrain.models.transmil import TransMIL
+from cftrain.models.zoommil import ZoomMIL
 
 _CLASSES: Final[Mapping[str, Callable[[int, Any], SurvivalModel]]] = {
     "abmil": ABMIL,
     "crossfusion": CrossFusion,
     "crossfusion-concat": CrossFusionConcat,
     "crossfusion-single": CrossFusionSingle,
+    "deepgraphsurv": DeepGraphSurv,
     "dsmil": DSMIL,
+    "mean-cox": MeanCox,
+    "patch-gcn": PatchGCN,
+    "csmil": CSMIL,
+    "mustmil": MuSTMIL,
+    "protosurv": ProtoSurv,
+    "scmil": SCMIL,
     "transmil": TransMIL,
+    "zoommil": ZoomMIL,
 }
 
 

@@ -19,9 +19,8 @@ def made_up_slide(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    random: bool = True,
 ) -> BagBatch:
-    """One slide of so many patches, on a square grid of each scale.
+    """One slide of so many patches, features normally distributed, on a square grid of each scale.
 
     Parameters
     ----------
@@ -29,8 +28,6 @@ def made_up_slide(
         Scale to N.
     extras
         What else to make up: coordinates of the grid, neighbours that lie next in the list, parents in equal shares.
-    random
-        Whether features are drawn from a normal distribution; otherwise their memory is taken as it is.
 
     Raises
     ------
@@ -40,10 +37,9 @@ def made_up_slide(
     for scale, n in patches.items():
         if n < 1:
             raise MissingScaleError(f"{scale}x has {n} patches; a slide has at least 1")
-    make = torch.randn if random else torch.empty
-    bags = {scale: make((n, feature_dim), device=device, dtype=dtype) for scale, n in patches.items()}
+    bags = {scale: torch.randn(n, feature_dim, device=device, dtype=dtype) for scale, n in patches.items()}
     made = {extra: _made_up(extra, patches, device) for extra in extras}
-    return BagBatch.pack(["a made-up slide"], [bags], [made])
+    return BagBatch.pack(["a slide drawn at random"], [bags], [made])
 
 
 def _made_up(extra: Extra, patches: Mapping[int, int], device: torch.device | str) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from cftrain.config import RunConfig
 from cftrain.data import RunData
 from cftrain.examples import Example
+from cftrain.extras import derive_missing
 from cftrain.feed import Feed
 from cftrain.loop import Task, predict
 from cftrain.models import BagBatch, SurvivalOutput
@@ -109,9 +110,11 @@ def compute(
     rows = {example.name: row for row, example in enumerate(data.examples)}
     logits = [torch.zeros(len(rows), config.n_outputs, dtype=torch.float64) for _ in models]
     done = 0
-    with Feed(data, scales, config.data, device).window(packs) as window:
+    extras = members[0].model.options.extras()
+    derive_missing(data.store, data.cohort.encoder, extras, [slide.slide_id for slide in data.cohort.slides], progress)
+    with Feed(data, scales, config.data, device, extras=extras).window(packs) as window:
         for pack in packs:
-            bags = partial(_already, window.batch(pack, scales))
+            bags = partial(_already, window.batch(pack, scales, extras))
             own = [rows[visit.example.name] for visit in pack]
             for model, found in zip(models, logits, strict=True):
                 found[own] = predict(model, Task((pack,), (0,), (0,)), bags, config.n_outputs, ALONE)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import cfstore
 from cfstore import Cohort, CohortSlide, SplitSet, Store
-from cftrain.data import RunData
+from cftrain.data import RunData, with_coordinates
 from cftrain.errors import ConfigError, LeakageError, MissingScaleError, ShapeError
 from cftrain.examples import Example, make_examples
 from cftrain.prediction.trained import TrainedRun
@@ -96,6 +96,7 @@ def find_target(
         )
         raise ShapeError(message)
     full, patients = _with_unlabelled(opened, found)
+    full = with_coordinates(opened, full, {trained.config.model.name: trained.config.extras()}, of_tars=bool(shards))
     if not full.slides:
         left_out = "; ".join(f"{len(ids)} slides: {reason}" for reason, ids in full.excluded.items())
         message = f"cohort {full.name} of {what} has no slide to predict ({left_out})"

@@ -12,10 +12,18 @@ Summary = Mapping[str, Any]
 
 
 def fold_scores(summary: Summary) -> list[FoldScores]:
-    """The rows of the overview: the honest rule, the paper's, and what the planted risk reaches."""
+    """The rows of the overview: the honest rules, the paper's, and what the planted risk reaches."""
     named = [
         ("Last epoch, patient", "low", summary["c_index_patient"]),
         ("Last epoch, slide", "low", summary["c_index"]),
+        *(
+            [
+                ("Nested, patient", "low", summary["c_index_patient_nested"]),
+                ("Nested, slide", "low", summary["c_index_nested"]),
+            ]
+            if "c_index_nested" in summary
+            else []
+        ),
         ("Best epoch, patient", "plain", summary["c_index_patient_best_epoch"]),
         ("Best epoch, slide", "plain", summary["c_index_best_epoch"]),
     ]

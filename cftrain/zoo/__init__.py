@@ -14,26 +14,59 @@ from typing import Any
 from cftrain.errors import ConfigError, UnknownModelError
 from cftrain.zoo.abmil import ABMIL, ABMILConfig
 from cftrain.zoo.crossfusion import CONCAT, CROSSFUSION, SINGLE, VARIANTS, CrossFusionConfig
+from cftrain.zoo.csmil import CSMIL, CSMILConfig
+from cftrain.zoo.deepgraphsurv import DEEPGRAPHSURV, DeepGraphSurvConfig
 from cftrain.zoo.dsmil import DSMIL, DSMILConfig
 from cftrain.zoo.extras import Extra
-from cftrain.zoo.options import ModelInfo, Options
+from cftrain.zoo.mean_cox import MEAN_COX, MeanCoxConfig
+from cftrain.zoo.mustmil import MUSTMIL, MuSTMILConfig
+from cftrain.zoo.options import ModelInfo, Options, scales_of
+from cftrain.zoo.patch_gcn import PATCH_GCN, PatchGCNConfig
+from cftrain.zoo.protosurv import PROTOSURV, ProtoSurvConfig
+from cftrain.zoo.scmil import SCMIL, SCMILConfig
 from cftrain.zoo.transmil import TRANSMIL, TransMILConfig
+from cftrain.zoo.zoommil import ZOOMMIL, ZoomMILConfig
 
 __all__ = [
     "MODELS",
     "VARIANTS",
     "ABMILConfig",
+    "CSMILConfig",
     "CrossFusionConfig",
     "DSMILConfig",
+    "DeepGraphSurvConfig",
     "Extra",
+    "MeanCoxConfig",
     "ModelInfo",
+    "MuSTMILConfig",
     "Options",
+    "PatchGCNConfig",
+    "ProtoSurvConfig",
+    "SCMILConfig",
     "TransMILConfig",
+    "ZoomMILConfig",
     "model_info",
     "model_options",
+    "scales_of",
 ]
 
-MODELS: Mapping[str, ModelInfo] = {model.name: model for model in (ABMIL, DSMIL, TRANSMIL, CROSSFUSION, CONCAT, SINGLE)}
+_ALL: tuple[ModelInfo, ...] = (
+    MEAN_COX,
+    ABMIL,
+    DSMIL,
+    TRANSMIL,
+    DEEPGRAPHSURV,
+    PATCH_GCN,
+    SCMIL,
+    PROTOSURV,
+    SINGLE,
+    ZOOMMIL,
+    MUSTMIL,
+    CSMIL,
+    CONCAT,
+    CROSSFUSION,
+)
+MODELS: Mapping[str, ModelInfo] = {model.name: model for model in _ALL}
 
 
 def model_info(name: str) -> ModelInfo:

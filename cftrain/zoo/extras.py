@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["coords", "nearest", "similar", "parents"]
+Kind = Literal["coords", "nearest", "similar", "parents", "mean"]
 
 
 @dataclass(frozen=True, order=True)
 class Extra:
-    """One thing that a model reads of a slide besides features; made by `coords`, `nearest`, `similar`, `parents`."""
+    """One thing that a model reads of a slide besides features; made by the functions below."""
 
     kind: Kind
     scale: int
@@ -25,6 +25,8 @@ class Extra:
         """What to call it in a line of text."""
         if self.kind == "coords":
             return f"coordinates at {self.scale}x"
+        if self.kind == "mean":
+            return f"mean patch at {self.scale}x"
         if self.kind == "parents":
             return f"{self.coarse}x parents of {self.scale}x patches"
         return f"{self.k} {self.kind} patches at {self.scale}x"
@@ -32,14 +34,14 @@ class Extra:
     @property
     def from_coordinates(self) -> tuple[int, ...]:
         """The scales whose coordinates it is made of."""
-        if self.kind == "similar":
+        if self.kind in ("similar", "mean"):
             return ()
         return (self.scale, self.coarse) if self.kind == "parents" else (self.scale,)
 
     @property
     def rows_of(self) -> int:
         """The scale whose rows its values are, -1 standing for none; 0 where its values are no rows."""
-        return {"coords": 0, "parents": self.coarse}.get(self.kind, self.scale)
+        return {"coords": 0, "mean": 0, "parents": self.coarse}.get(self.kind, self.scale)
 
 
 def coords(scale: int) -> Extra:
@@ -60,3 +62,8 @@ def similar(scale: int, k: int = 8) -> Extra:
 def parents(fine: int, coarse: int) -> Extra:
     """The coarse patch that each fine one overlaps most: [N_fine] rows, -1 where it overlaps none."""
     return Extra("parents", fine, coarse)
+
+
+def mean(scale: int) -> Extra:
+    """The mean patch of a slide: [D]; only to be fitted on, no batch carries it."""
+    return Extra("mean", scale)

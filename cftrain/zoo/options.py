@@ -20,6 +20,10 @@ class Options:
         """What a model with these options reads of a slide besides features."""
         return ()
 
+    def fit_extras(self) -> tuple[Extra, ...]:
+        """What `SurvivalModel.fit` reads of the training slides besides that."""
+        return ()
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -36,9 +40,18 @@ class ModelInfo:
     options: type[Options]
     """A frozen dataclass; its fields are the options of `build`."""
     maps: Mapping[str, str]
-    """Name to meaning, one sentence: what `SurvivalModel.patch_maps` returns."""
+    """Name to meaning, one sentence: what `SurvivalModel.patch_maps` returns with default options; those of a scale are
+    missing where an option leaves that scale out."""
     by_gradient: bool = True
     """Whether it learns by steps of an optimiser; otherwise `SurvivalModel.fit` is all its training."""
+
+
+def scales_of(info: ModelInfo, options: Options) -> tuple[int, ...]:
+    """The scales that a model reads with these options, coarsest first: of `scale` or `scales`, where it has one."""
+    one, several = getattr(options, "scale", None), getattr(options, "scales", None)
+    if several is not None:
+        return tuple(int(each) for each in several.split(","))
+    return info.scales if one is None else (one,)
 
 
 def check_positive(options: object, *names: str) -> None:

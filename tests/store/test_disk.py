@@ -66,6 +66,7 @@ COMMANDS = {
     "rm": ["rm", "b"],
     "compact": ["compact"],
     "reindex": ["reindex"],
+    "derive": ["derive", "nearest8-20x", "mean-20x", "--jobs", "1"],
     "clinical": ["clinical", "{tmp}/t.csv", "--cohort", "uni"],
 }
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import cfstore
-from cfstore import Store
+from cfstore import Derivation, Store
 from cfstore.catalog import read_removed
 from cfstore.ingest import prepare
 from cfstore.shards import published_shards
@@ -33,6 +33,7 @@ SERVER = """
 import json, os, sys
 import cfstore, cfstore.ingest, cfstore.cli, zarr, h5py, duckdb
 cfstore.ingest.SLIDES_PER_SHARD = 2
+cfstore.derive.SLIDES_PER_FILE = 3
 for line in sys.stdin:
     verb, path, folder, jobs = json.loads(line)
     child = os.fork()
@@ -42,17 +43,23 @@ for line in sys.stdin:
         try:
             store = cfstore.open(path)
             {"ingest": lambda: store.ingest(folder, jobs=jobs), "rm": lambda: store.remove(["a", "d"]),
-             "compact": store.compact, "reindex": store.reindex}[verb]()
+             "compact": store.compact, "reindex": store.reindex,
+             "derive": lambda: store.derive(jobs=jobs)}[verb]()
             code = 0
         finally:
             os._exit(code)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-VERBS = ("ingest", "rm", "compact", "reindex")
+VERBS = ("ingest", "rm", "compact", "reindex", "derive")
 ROUNDS = 8
 MOMENTS: tuple[str, ...] = (
     "features/*/.writing-*", ".catalog.duckdb.*", ".catalog.parquet", "tables/.*.parquet", "features/*/000004-*",
+)  # fmt: skip
+
+
+OF_DERIVE: tuple[str, ...] = (
+    "derived/*/*/.writing-*", "derived/*/mean-20x/[0-9a-f]*", ".catalog.duckdb.*", "derived/*/parents-20x-10x/[0-9]*",
 )  # fmt: skip
 
 
@@ -151,12 +158,22 @@ def result(path: Path) -> tuple[Any, ...]:
         store.sql(f"SELECT * FROM {table} ORDER BY ALL").to_pylist() for table in ("slides", "patients", "skipped")
     ]
     removed = sorted(slide for _, slide in read_removed(path))
-    return store.sql(query).to_pylist(), tables, removed
+    derived = store.sql("SELECT slide_id, derivation, digest, source FROM derived ORDER BY ALL").to_pylist()
+    return store.sql(query).to_pylist(), tables, removed, derived
 
 
 def check_no_leftovers(path: Path) -> None:
     left = [*path.rglob(".writing-*"), *path.glob(".catalog*"), *path.glob("tables/.*")]
     assert not left
+
+
+def check_derived(path: Path) -> None:
+    """Whatever is listed can be read."""
+    store = cfstore.open(path)
+    for row in store.sql("SELECT derivation, list(slide_id) AS ids FROM derived GROUP BY ALL").to_pylist():
+        one = Derivation.parse(row["derivation"])
+        reader = store.derived([one], "uni", row["ids"])
+        assert all(reader.read(slide)[one].size for slide in row["ids"])
 
 
 def check_after_kill(path: Path, verb: str, before: Values, truth: Values) -> None:
@@ -168,6 +185,7 @@ def check_after_kill(path: Path, verb: str, before: Values, truth: Values) -> No
             check_no_leftovers(path)
         now = held(path)
         assert all(truth[key] == value for key, value in now.items())
+        check_derived(path)
         lost = {slide for slide, _ in set(before) - set(now)}
         assert lost in ((set(), {"a", "d"}) if verb == "rm" else (set(),))
         assert all((slide, scale) in now for slide, _ in now for scale in (5, 10, 20))
@@ -178,7 +196,8 @@ def check_after_kill(path: Path, verb: str, before: Values, truth: Values) -> No
 def moments(verb: str, seconds: float, path: Path) -> Iterator[Callable[[], bool]]:
     rng = np.random.default_rng(VERBS.index(verb))
     for number in range(ROUNDS):
-        pattern = MOMENTS[number // 2 % len(MOMENTS)]
+        patterns = OF_DERIVE if verb == "derive" else MOMENTS
+        pattern = patterns[number // 2 % len(patterns)]
         if number % 2:
             yield lambda pattern=pattern: any(path.glob(pattern))  # type: ignore[misc]
         else:

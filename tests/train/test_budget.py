@@ -9,6 +9,7 @@ from cftrain.errors import ConfigError
 from cftrain.footprint import training_footprint
 
 COST = StepCost("crossfusion", "cuda", fixed=1_000_000, per_patch={5: 100.0, 10: 1000.0, 20: 100.0})
+TOLERANCE = {"transmil": 0.09, "csmil": 0.07, "mustmil": 0.07, "zoommil": 0.09}
 SLIDES = {"a": {5: 10, 10: 40, 20: 950}, "b": {5: 30, 10: 160, 20: 610}, "c": {5: 5, 10: 20, 20: 75}}
 """Slide b has fewer patches than a and takes more memory: 100 * 640 + 1000 * 160 = 224,000 against 136,000."""
 
@@ -17,7 +18,11 @@ SLIDES = {"a": {5: 10, 10: 40, 20: 950}, "b": {5: 30, 10: 160, 20: 610}, "c": {5
     ("name", "options"),
     [
         ("abmil", {}),
+        ("csmil", {}),
         ("dsmil", {}),
+        ("mustmil", {}),
+        ("zoommil", {}),
+        ("scmil", {}),
         pytest.param("transmil", {}, marks=pytest.mark.slow),
         pytest.param("crossfusion", {"embed_dim": 64}, marks=pytest.mark.slow),
         pytest.param("crossfusion", {}, marks=pytest.mark.slow),
@@ -25,11 +30,13 @@ SLIDES = {"a": {5: 10, 10: 40, 20: 950}, "b": {5: 30, 10: 160, 20: 610}, "c": {5
     ],
 )
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_the_line_is_within_2_percent_of_the_count_and_of_transmil_within_9(name, options, device_type):
+def test_the_line_is_within_2_percent_of_the_count_and_where_the_worst_moment_changes_within_9(
+    name, options, device_type
+):
     cost = training_cost(name, options, 1024, device_type=device_type)
     for patches in ({5: 16, 10: 64, 20: 256}, {5: 895, 10: 3449, 20: 13496}, {5: 8624, 10: 34498, 20: 137990}):
         counted = training_footprint(name, options, 1024, patches, device_type=device_type).total
-        assert cost.nbytes(patches) == pytest.approx(counted, rel=0.09 if name == "transmil" else 0.02)
+        assert cost.nbytes(patches) == pytest.approx(counted, rel=TOLERANCE.get(name, 0.02))
 
 
 def test_the_largest_slide_is_the_one_of_most_bytes_not_of_most_patches():

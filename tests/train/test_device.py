@@ -27,14 +27,14 @@ def slide(request, demo_store, tmp_path_factory):
 
 @pytest.mark.parametrize("keep", [False, True], ids=["passing", "kept"])
 def test_features_on_the_device_are_the_dequantised_ones_bit_for_bit(slide, keep):
-    features = on_device(slide, CPU, keep=keep)[20].features()
+    features = on_device(slide, CPU, keep=keep).bags[20].features()
     expected = slide.dequantised().bags[20].features
     np.testing.assert_array_equal(features.numpy(), expected)
     assert features.numpy().dtype == expected.dtype
 
 
 def test_int8_stays_int8_on_the_device_and_is_made_numbers_anew_each_time(slide):
-    bag = on_device(slide, CPU, keep=True)[20]
+    bag = on_device(slide, CPU, keep=True).bags[20]
     if bag.affine is None:
         assert bag.features() is bag.rows
         return
@@ -46,7 +46,7 @@ def test_int8_stays_int8_on_the_device_and_is_made_numbers_anew_each_time(slide)
 
 def test_what_is_kept_has_memory_of_its_own(slide):
     own = SlideBags(slide.slide_id, slide.encoder, {20: Bag(slide.bags[20].features.copy(), None)})
-    kept, passing = (on_device(own, CPU, keep=keep)[20].rows for keep in (True, False))
+    kept, passing = (on_device(own, CPU, keep=keep).bags[20].rows for keep in (True, False))
     before = kept.clone()
     own.bags[20].features[:] = 0
     torch.testing.assert_close(kept, before)
@@ -121,5 +121,5 @@ def test_the_cpu_has_no_gpu_memory():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_features_reach_a_gpu_as_they_are_stored(slide):
-    features = on_device(slide, torch.device("cuda"), keep=True)[20].features()
+    features = on_device(slide, torch.device("cuda"), keep=True).bags[20].features()
     np.testing.assert_allclose(features.cpu().numpy(), slide.dequantised().bags[20].features, rtol=1e-6)

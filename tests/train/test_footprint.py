@@ -14,7 +14,7 @@ import torch
 from cfkernels import using
 from cftrain.errors import ConfigError, MissingScaleError, UnknownModelError
 from cftrain.footprint import RESERVE, training_footprint
-from cftrain.models import BagBatch, build
+from cftrain.models import BagBatch, build, made_up_slide
 from cftrain.models.abmil import ABMIL
 from cftrain.survival.losses import nll_survival
 
@@ -27,8 +27,20 @@ MODELS = [
     ("crossfusion", {"embed_dim": DIM}),
     ("crossfusion-concat", {"embed_dim": 16}),
     ("crossfusion-single", {"embed_dim": 16}),
+    ("csmil", {"embed_dim": 16}),
+    ("csmil", {"embed_dim": 16, "scale_softmax": True, "scales": "10,20"}),
     ("dsmil", {"attention_dim": 16}),
+    ("mustmil", {"embed_dim": 16}),
     ("transmil", {"embed_dim": 16, "n_landmarks": 8}),
+    ("deepgraphsurv", {"hidden_dim": 16}),
+    ("deepgraphsurv", {"hidden_dim": 16, "conv": "cheb", "graph": "space"}),
+    ("patch-gcn", {"hidden_dim": 16}),
+    # few queries: what is made again holds them, unseen by hooks on what autograd saves
+    (
+        "protosurv",
+        {"n_classes": 2, "n_prototypes": 1, "embed_dim": 8, "n_heads": 2, "class_layers": 1, "fusion_layers": 1},
+    ),
+    ("zoommil", {"hidden_dim": 16, "attention_dim": 8}),
 ]
 LARGEST = {5: 8624, 10: 34498, 20: 137990}
 TRITON = ("attention", "dropout_add", "gelu_dropout", "grouped_window_conv", "layer_norm", "mix_layer_norms", "ppeg")
@@ -36,6 +48,12 @@ TRITON = ("attention", "dropout_add", "gelu_dropout", "grouped_window_conv", "la
 
 def real_bags(model, patches, dtype=torch.float32):
     return {scale: torch.randn(patches[scale], model.feature_dim, dtype=dtype) for scale in model.scales}
+
+
+def real_batch(model, patches):
+    """Bags, and what else the model reads."""
+    extras = made_up_slide({scale: patches[scale] for scale in model.scales}, 1, model.options.extras()).extras
+    return BagBatch.pack(["slide"], [real_bags(model, patches)], [extras])
 
 
 def storages(tensors):
@@ -46,20 +64,21 @@ def storages(tensors):
 @pytest.mark.parametrize("patches", [{5: 3, 10: 16, 20: 41}, {5: 70, 10: 205, 20: 611}], ids=["small", "larger"])
 def test_what_is_counted_as_saved_is_what_autograd_keeps_of_a_real_step(name, options, patches):
     model = build(name, DIM, **options).train()
-    bags, kept = real_bags(model, patches), {}
+    batch, kept = real_batch(model, patches), {}
+    read = [*batch.features.values(), *batch.extras.values()]
 
     def keep(tensor):
         kept.update(storages([tensor]))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        parts = model.training_logits(BagBatch.pack(["slide"], [bags]))
-    others = storages([*model.parameters(), *bags.values(), *(logits for _, logits in parts)])
+        parts = model.training_logits(batch)
+    others = storages([*model.parameters(), *read, *(logits for _, logits in parts)])
     real = sum(storage.nbytes() for key, storage in kept.items() if key not in others)
     found = training_footprint(name, options, DIM, patches, device_type="cpu")
     # a few numbers per slide are alive without being kept: the logits, the seeds of dropout
     assert found.saved == pytest.approx(real, rel=0.005, abs=256)
-    assert found.features == sum(rows.nbytes for rows in bags.values())
+    assert found.features == sum(rows.nbytes for rows in read)
 
 
 @pytest.mark.parametrize(("name", "options"), MODELS)
@@ -67,13 +86,13 @@ def test_weights_and_optimiser_are_those_of_a_real_adam(name, options):
     patches = {5: 2, 10: 3, 20: 5}
     model = build(name, DIM, **options).train()
     optimizer = torch.optim.Adam(model.parameters())
-    parts = model.training_logits(BagBatch.pack(["slide"], [real_bags(model, patches)]))
+    parts = model.training_logits(real_batch(model, patches))
     sum(logits.sum() for _, logits in parts).backward()
     optimizer.step()
     held = [p.grad for p in model.parameters()]
     held += [state[moment] for state in optimizer.state.values() for moment in ("exp_avg", "exp_avg_sq")]
     found = training_footprint(name, options, DIM, patches, device_type="cpu")
-    assert found.weights == sum(p.nbytes for p in model.parameters())
+    assert found.weights == sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     assert found.optimiser == sum(tensor.nbytes for tensor in held)
     assert found.total == sum(
         (found.weights, found.optimiser, found.features, found.saved, found.transient, found.reserve)
@@ -173,7 +192,7 @@ STEP = """
 import json, sys
 from pathlib import Path
 import torch
-from cftrain.models import BagBatch, build
+from cftrain.models import BagBatch, build, made_up_slide
 from cftrain.survival.losses import nll_survival
 
 def resident(field):
@@ -183,9 +202,12 @@ def resident(field):
 def step(patches):
     model = build(name, 1024, **options).train()
     optimizer = torch.optim.Adam(model.parameters())
-    bags = {scale: torch.randn(patches[str(scale)], 1024) for scale in model.scales}
-    logits = model(BagBatch.pack(["slide"], [bags])).logits
-    nll_survival(logits, torch.tensor([1]), torch.tensor([True])).backward()
+    batch = made_up_slide({scale: patches[str(scale)] for scale in model.scales}, 1024, model.options.extras())
+    losses = [
+        weight * nll_survival(logits, torch.tensor([1]), torch.tensor([True]))
+        for weight, logits in model.training_logits(batch)
+    ]
+    sum(losses).backward()
     optimizer.step()
 
 torch.set_num_threads(1)
@@ -205,11 +227,14 @@ print(resident("VmHWM") - before)
         ("abmil", {}, 2000),
         ("abmil", {}, 4000),
         ("abmil", {}, 16000),
+        ("csmil", {}, 16000),
         ("dsmil", {}, 16000),
+        ("mustmil", {}, 16000),
         ("crossfusion", {"embed_dim": 64}, 1024),
         ("crossfusion", {"embed_dim": 64}, 2500),
         ("crossfusion", {"embed_dim": 64}, 5000),
         ("crossfusion", {}, 1024),
+        ("protosurv", {}, 8000),
         ("transmil", {}, 4000),  # fewer drown in the landmarks, which the step that loads libraries has as well
     ],
 )

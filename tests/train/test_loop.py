@@ -156,13 +156,13 @@ def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(data, bags, b
     chosen = visits(data.examples)[:5]
     odd = chosen[2].example.name
     net = model()
-    net.extra = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    net.odd_weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     plain = net.logits
 
     def logits(batch):
         found = plain(batch)
         row = torch.tensor([[float(name == odd)] for name in batch.slide_ids], dtype=torch.float64)
-        return found + row * net.extra.abs().sqrt() * (1 if odd in batch.slide_ids else 0)
+        return found + row * net.odd_weight.abs().sqrt() * (1 if odd in batch.slide_ids else 0)
 
     net.logits = logits
     before = flat(net)

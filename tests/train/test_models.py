@@ -1,11 +1,14 @@
 """What every survival model promises: bags do not see each other, awkward bags work, misuse is named."""
 
+import dataclasses
 import math
 import subprocess
 import sys
 
 import pytest
 import torch
+from bags_with_extras import extras_of, pack_with_extras
+from made_up_fold import fitted
 from torch.testing import assert_close
 
 from cftrain import zoo
@@ -15,6 +18,7 @@ from cftrain.models.layers import square_grids, square_pad
 
 D = 24
 SMALL = {
+    "mean-cox": {},
     "abmil": {"hidden_dim": 16, "attention_dim": 8},
     "crossfusion": {"embed_dim": 32, "n_heads": 4},
     "crossfusion-concat": {"embed_dim": 32, "n_heads": 4},
@@ -23,15 +27,29 @@ SMALL = {
     "crossfusion, as the paper's text": {"embed_dim": 32, "n_heads": 4, "variant": "text"},
     "crossfusion, two layers": {"embed_dim": 32, "n_heads": 4, "n_layers": 2},
     "crossfusion, features of its width": {"embed_dim": D, "n_heads": 4},
+    "csmil": {"embed_dim": 16, "hidden_dim": 32},
+    "csmil, as the paper's text": {"embed_dim": 16, "hidden_dim": 8, "scale_softmax": True},
     "dsmil": {"attention_dim": 16},
+    "deepgraphsurv": {"hidden_dim": 16},
+    "deepgraphsurv, spectral": {"hidden_dim": 16, "conv": "cheb", "graph": "space"},
+    "mustmil": {"embed_dim": 8, "attention_dim": 8},
+    "mustmil, two scales": {"embed_dim": 8, "attention_dim": 8, "scales": "5,10"},
+    "patch-gcn": {"hidden_dim": 8},
+    "protosurv": {"n_prototypes": 2, "embed_dim": 16, "n_heads": 2, "mlp_dim": 8, "graph_dim": 8},
+    "scmil": {"filter_dim": 8, "cluster_size": 4, "n_heads": 4, "attention_dim": 8},
+    "zoommil": {"hidden_dim": 16, "attention_dim": 8},
+    "zoommil, few places": {"hidden_dim": 16, "attention_dim": 8, "n_zoomed": 2, "n_children": 3},
 }
+LOSSES = {"mustmil": 4}
+"""The sum of the weights of a model's losses, where it is not 1: of 4 losses, as in the released code."""
+EXTRAS = extras_of([(name.split(",")[0], options) for name, options in SMALL.items()])
 
 
 @pytest.fixture(params=SMALL)
 def model(request):
     """A small model in float64 whose every parameter is far from 0, so that none can hide."""
     torch.manual_seed(11)
-    model = build(request.param.split(",")[0], D, **SMALL[request.param]).double().eval()
+    model = fitted(build(request.param.split(",")[0], D, **SMALL[request.param])).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -48,22 +66,25 @@ def make_bags(*sizes, dtype=torch.float64):
 
 
 def pack(bags):
-    return BagBatch.pack([f"slide-{i}" for i in range(len(bags))], bags)
+    return pack_with_extras(bags, EXTRAS)
 
 
 def gradients(model, batches):
-    """Of all that training looks at."""
+    """Of all that training looks at; none of a model that is only fitted."""
+    if not list(model.parameters()):
+        return {}
     weights = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
     model.zero_grad()
     for batch in batches:
         of_parts = [w * SurvivalOutput.from_logits(logits).survival for w, logits in model.training_logits(batch)]
         (sum(of_parts) * weights).sum().backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: grad.clone() for name, grad in grads.items() if grad is not None}  # a hard choice passes none
 
 
 def test_packing_unequal_bags_changes_neither_outputs_nor_gradients(model):
     bags = make_bags((2, 7, 19), (1, 1, 1), (6, 16, 70))
-    packed, single = pack(bags), [BagBatch.pack(["alone"], [bag]) for bag in bags]
+    packed, single = pack(bags), [pack([bag]) for bag in bags]
     together, alone = model(packed), [model(batch) for batch in single]
     for field in SurvivalOutput._fields:
         expected = torch.cat([getattr(output, field) for output in alone])
@@ -84,7 +105,7 @@ def test_packing_32_slides_gives_the_gradients_of_32_steps_of_one_slide_added_up
     packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     for bag in bags:
-        (model(BagBatch.pack(["alone"], [bag])).survival * weights).sum().backward()
+        (model(pack([bag])).survival * weights).sum().backward()
     largest = max(gradient.norm() for gradient in packed.values())
     for name, parameter in model.named_parameters():
         # gradients of a key's bias are rounding, far below the largest gradient
@@ -114,18 +135,20 @@ def test_awkward_bags_give_probabilities_that_fall_with_time_and_finite_gradient
 
 
 @pytest.mark.parametrize("name", available())
-def test_the_first_that_training_looks_at_are_the_logits_and_weights_add_up_to_one(name):
-    model = build(name, D, **SMALL[name]).eval()
+def test_the_first_that_training_looks_at_are_the_logits_and_weights_add_up_to_what_is_known(name):
+    model = fitted(build(name, D, **SMALL[name])).eval()
     batch = pack(make_bags((2, 7, 19), (3, 4, 5), dtype=torch.float32))
     parts = model.training_logits(batch)
-    assert sum(weight for weight, _ in parts) == 1
+    assert sum(weight for weight, _ in parts) == LOSSES.get(name, 1)
     assert {logits.shape for _, logits in parts} == {(2, 4)}
     assert torch.equal(parts[0][1], model.logits(batch))
 
 
-@pytest.mark.parametrize("name", [name for name in available() if name != "dsmil"])  # it has no dropout
+@pytest.mark.parametrize(
+    "name", [name for name in available() if name not in ("dsmil", "mean-cox", "mustmil")]
+)  # no dropout
 def test_evaluation_is_deterministic_and_training_drops(name):
-    model = build(name, D, **SMALL[name], **({"dropout": 0.25} if name == "abmil" else {}))
+    model = fitted(build(name, D, **SMALL[name], **({"dropout": 0.25} if name == "abmil" else {})))
     batch = pack(make_bags((4, 12, 40), dtype=torch.float32))
     evaluated = [model.eval()(batch).logits for _ in range(2)]
     trained = [model.train()(batch).logits for _ in range(2)]
@@ -152,16 +175,33 @@ def test_channel_dropout_drops_whole_channels_of_one_bag():
 
 @pytest.mark.parametrize("name", available())
 def test_float16_features_are_computed_in_the_precision_of_the_parameters(name):
-    model = build(name, D, **SMALL[name]).eval()
+    model = fitted(build(name, D, **SMALL[name])).eval()
     batch = pack(make_bags((2, 7, 19), (3, 4, 5), dtype=torch.float16))
     assert torch.equal(model(batch).logits, model(batch.to(dtype=torch.float32)).logits)
     assert model(batch).risk.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["abmil", "crossfusion", "crossfusion, features of its width", "dsmil", "transmil"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "abmil",
+        "crossfusion",
+        "crossfusion, features of its width",
+        "csmil",
+        "csmil, as the paper's text",
+        "deepgraphsurv",
+        "dsmil",
+        "mustmil",
+        "patch-gcn",
+        "protosurv",
+        "scmil",
+        "transmil",
+        "zoommil",
+    ],
+)
 def test_bfloat16_autocast_stays_close_and_answers_in_float32(name):
     torch.manual_seed(2)
-    model = build(name.split(",")[0], D, **SMALL[name]).train(False)
+    model = fitted(build(name.split(",")[0], D, **SMALL[name])).train(False)
     batch = pack(make_bags((2, 7, 19), (3, 4, 5), dtype=torch.float16))
     with torch.autocast("cpu", torch.bfloat16):
         output = model(batch)
@@ -227,7 +267,7 @@ def test_crossfusion_starts_as_released():
 def test_a_slide_without_patches_at_a_scale_is_refused_by_name():
     bags = make_bags((2, 3, 4), (2, 0, 4))
     with pytest.raises(MissingScaleError, match="slide-1: no patch at 10x"):
-        pack(bags)
+        BagBatch.pack(["slide-0", "slide-1"], bags)
 
 
 def test_a_slide_lacking_a_scale_of_the_batch_is_refused_by_name():
@@ -331,3 +371,17 @@ def test_config_errors_can_be_caught_as_train_errors_and_as_value_errors():
 def test_the_table_of_models_is_read_without_torch():
     code = "import sys, cftrain.zoo; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+CHOSEN_SCALES = [
+    (name, options)
+    for name, info in zoo.MODELS.items()
+    for options in ({}, {"scale": 10}, {"scales": "5,10"}, {"scales": "10,20"})
+    if options.keys() <= {field.name for field in dataclasses.fields(info.options)}
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CHOSEN_SCALES)
+def test_the_scales_of_options_are_those_that_the_built_model_reads(name, options):
+    built = build(name, 16, **options)
+    assert zoo.scales_of(zoo.MODELS[name], built.options) == built.scales

@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from bags_with_extras import extras_of, pack_with_extras
 from click.testing import CliRunner
+from made_up_fold import fitted
 from plain_crossfusion import CrossAttention, PlainCrossFusion
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,11 +23,20 @@ from cftrain.models.released import from_released, released_model
 
 D = 24
 SMALL = {
+    "mean-cox": {},
     "abmil": {"hidden_dim": 16, "attention_dim": 8, "dropout": 0.25},
+    "deepgraphsurv": {"hidden_dim": 16},
     "dsmil": {"attention_dim": 8},
+    "patch-gcn": {"hidden_dim": 8},
+    "csmil": {"embed_dim": 16, "hidden_dim": 8},
+    "mustmil": {"embed_dim": 8, "attention_dim": 8},
+    "protosurv": {"n_prototypes": 2, "embed_dim": 16, "n_heads": 2, "mlp_dim": 8, "graph_dim": 8},
+    "scmil": {"filter_dim": 8, "cluster_size": 4, "n_heads": 4, "attention_dim": 8},
     "transmil": {"embed_dim": 32, "n_heads": 4, "n_landmarks": 8},
+    "zoommil": {"hidden_dim": 16, "attention_dim": 8},
 }
 CROSSFUSION = {"embed_dim": 32, "n_heads": 4}
+EXTRAS = extras_of(available())
 SIZES = ((3, 7, 19), (1, 1, 1), (2, 17, 65), (4, 9, 16), (5, 2, 3))
 """Patches at 5x, 10x, 20x: padded grids, grids that are full, a single patch, a pad as long as the bag."""
 
@@ -41,7 +52,7 @@ def far_from_zero(model):
 
 
 def small(name, **options):
-    return far_from_zero(build(name, D, **SMALL.get(name, CROSSFUSION), **options))
+    return far_from_zero(fitted(build(name, D, **SMALL.get(name, CROSSFUSION), **options)))
 
 
 def make_bags(*sizes, dtype=torch.float64):
@@ -53,7 +64,7 @@ def make_bags(*sizes, dtype=torch.float64):
 
 
 def pack(bags):
-    return BagBatch.pack([f"slide-{i}" for i in range(len(bags))], bags)
+    return pack_with_extras(bags, EXTRAS)
 
 
 @pytest.mark.parametrize("name", available())

@@ -27,7 +27,7 @@ from cftrain.prediction import PredictionWatcher, predict_run
 
 SMALL = ["train.epochs=2", "train.accumulate=4", "train.select_from=1", "train.learning_rate=0.01"]
 SMALL.append("train.batch_patches=400")  # several slides in a forward pass, not all
-CROSSFUSION = ("model.embed_dim=8", "model.n_heads=2", "train.epochs=1")
+CROSSFUSION = ("model.embed_dim=8", "model.n_heads=2", "train.epochs=1", "train.learning_rate=1e-3")
 ABMIL = ("model.name=abmil", "model.hidden_dim=8", "model.attention_dim=4")
 
 

@@ -144,7 +144,7 @@ def test_a_terminal_shows_every_fold_and_how_long_it_takes_and_a_pipe_shows_plai
         cohort=cohort, splits=SimpleNamespace(name="s"), folds=[1, 2], excluded={"no label": ("a", "b")}
     )
     for live in (True, False):
-        told = Progress((), 4, live=live)
+        told = Progress((), [4], live=live)
         told.data(data, [1234])
         told.epoch(0, 0, epoch)
         told.epoch(0, 1, epoch)

@@ -20,9 +20,12 @@ from cftrain.models.released.abmil import AMIL
 from cftrain.models.released.crossfusion import CROSSFUSION
 from cftrain.models.released.dsmil import DSMIL
 from cftrain.models.released.family import Family
+from cftrain.models.released.mustmil import MUSTMIL
+from cftrain.models.released.patch_gcn import PATCH_GCN
 from cftrain.models.released.transmil import TRANSMIL
+from cftrain.models.released.zoommil import ZOOMMIL
 
-FAMILIES: Final[tuple[Family, ...]] = (AMIL, DSMIL, TRANSMIL, CROSSFUSION)
+FAMILIES: Final[tuple[Family, ...]] = (AMIL, DSMIL, TRANSMIL, PATCH_GCN, ZOOMMIL, MUSTMIL, CROSSFUSION)
 _HALVES: Final = (".k_proj.", ".v_proj.")
 
 
@@ -37,14 +40,17 @@ class Place(NamedTuple):
 
 def place(released: str, model_name: str) -> Place:
     """Find our name for one key of the released state dict of a model."""
-    family = next(family for family in FAMILIES if model_name in family.models)
-    name = released
+    family, name = _family(model_name), released
     for pattern, replacement in family.renamed:
         name = re.sub(pattern, replacement, name)
     for half, part in enumerate(_HALVES):
         if part in name:
             return Place(name.replace(part, ".key_value."), half)
     return Place(name, None)
+
+
+def _family(model_name: str) -> Family:
+    return next(family for family in FAMILIES if model_name in family.models)
 
 
 def from_released(state: Mapping[str, Tensor], model: SurvivalModel) -> dict[str, Tensor]:
@@ -56,8 +62,10 @@ def from_released(state: Mapping[str, Tensor], model: SurvivalModel) -> dict[str
         The released tensors are not those of this model, at these sizes.
     """
     parts: dict[str, list[Tensor]] = {}
+    left_out = _family(model.name).left_out
     for key in sorted(state):  # k_proj before v_proj
-        parts.setdefault(place(key, model.name).name, []).append(state[key])
+        if not key.startswith(left_out):
+            parts.setdefault(place(key, model.name).name, []).append(state[key])
     own = model.state_dict()
     if parts.keys() != own.keys():
         odd = ", ".join(sorted(parts.keys() ^ own.keys()))

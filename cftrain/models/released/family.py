@@ -26,6 +26,8 @@ class Family:
     """Of a state dict, given the number of heads where the tensors do not tell it."""
     which: Callable[[State], str] | None = None
     """Which of `models` a state dict is; None where there is one."""
+    left_out: tuple[str, ...] = ()
+    """What keys begin with that are no part of our model: the network that makes the features, weights never read."""
 
     def name_of(self, state: State) -> str:
         """Which of `models` it is."""

@@ -1,23 +1,21 @@
-"""The `cfstore` command: arguments in, one library call, text out. The only module here that prints."""
+"""The `cfstore` command: arguments in, one library call, text out. The only room here that prints."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from cfstore.cli.derive import derive
+from cfstore.cli.terminal import echo_rows, json_option, print_json, printer, progress, store_option
 from cfstore.errors import StoreError
 from cfstore.render import human_bytes, plain, text_table
 
-F = TypeVar("F", bound=Callable[..., Any])
-_QUIET_SECONDS = 2.0
 _CODECS = ("none", "blosc-zstd", "blosc-zstd-bitshuffle", "blosc-lz4", "blosc-lz4-bitshuffle", "zstd")
 
 
@@ -29,21 +27,6 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except StoreError as error:
             raise click.ClickException(str(error)) from error
-
-
-def _store_option(command: F) -> F:
-    return click.option(
-        "--store",
-        type=click.Path(path_type=Path),
-        envvar="CFSTORE",
-        default=Path("cfstore-data"),
-        show_default=True,
-        help="The store's directory; also $CFSTORE.",
-    )(command)
-
-
-def _json_option(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(command)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -99,8 +82,8 @@ def main() -> None:
     help="Bad files: stop before anything is written, or leave their slides out.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what was understood and what would be written; write nothing.")
-@_store_option
-@_json_option
+@store_option
+@json_option
 def ingest(
     h5dir: Path,
     cohort: str | None,
@@ -142,18 +125,18 @@ def ingest(
     options.chosen_codec()
     exists = (store / "store.json").exists()
     opened = open_store(store, create=True) if exists or not dry_run else None
-    with _progress("looking at files", "files") as step:
+    with progress("looking at files", "files") as step:
         plan = plan_ingest(h5dir, options, opened, step)
-    say = _printer(as_json)
+    say = printer(as_json)
     for line in describe_plan(plan, store):
         say(line)
     if dry_run or opened is None:
         for problem in plan.problems:
             say(f"problem    {problem.error}")
         if as_json:
-            _print_json(plan_json(plan))
+            print_json(plan_json(plan))
         sys.exit(1 if plan.problems and on_error == "stop" else 0)
-    with _progress("writing", "slides") as step:
+    with progress("writing", "slides") as step:
         report = opened.ingest(h5dir, options, plan=plan, on_error=on_error, jobs=jobs, progress=step)
     for line in describe_report(report):
         say(line)
@@ -163,7 +146,7 @@ def ingest(
             f"of {row['n_labelled_patients']} patients, {row['n_events']} events"
         )
     if as_json:
-        _print_json(report_json(plan, report, store))
+        print_json(report_json(plan, report, store))
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -172,8 +155,8 @@ def ingest(
 @main.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--cohort", metavar="NAME", help="Cohort of its patients, where the table does not say.")
-@_store_option
-@_json_option
+@store_option
+@json_option
 def clinical(file: Path, cohort: str | None, store: Path, as_json: bool) -> None:
     """Import a clinical table: who, how long followed, died or not, and every other column.
 
@@ -189,13 +172,13 @@ def clinical(file: Path, cohort: str | None, store: Path, as_json: bool) -> None
     opened = open_store(store, create=True)
     table = opened.import_clinical(file, cohort)
     events = sum(bool(event) for event in table.patients["event"].to_pylist())
-    say = _printer(as_json)
+    say = printer(as_json)
     cohorts = sorted(set(table.patients["cohort"].to_pylist()))
     say(f"{file} ({table.format}): {len(table.patients)} patients, {events} events, cohort {', '.join(cohorts)}")
     for note in table.notes:
         say(f"  {note}")
     if as_json:
-        _print_json(
+        print_json(
             {
                 "format": table.format,
                 "cohorts": cohorts,
@@ -214,8 +197,8 @@ def clinical(file: Path, cohort: str | None, store: Path, as_json: bool) -> None
 @click.option("--cohort", metavar="NAME", help="The cohort [default: the only one].")
 @click.option("--name", help="Name of the split set [default: the folder's name].")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of --make.")
-@_store_option
-@_json_option
+@store_option
+@json_option
 def splits(
     folder: Path | None,
     n_folds: int | None,
@@ -244,10 +227,10 @@ def splits(
         made = opened.make_splits(n_folds or 0, cohort, seed=seed, name=name)
     rows = [{"fold": k, "train": len(fold.train), "val": len(fold.val)} for k, fold in made.folds.items()]
     if as_json:
-        _print_json({"name": made.name, "folds": rows})
+        print_json({"name": made.name, "folds": rows})
     else:
         click.echo(f"splits {made.name}: {len(rows)} folds of patients")
-        _echo_rows(rows)
+        echo_rows(rows)
 
 
 # -- looking -------------------------------------------------------------------------------------
@@ -262,9 +245,9 @@ def splits(
 @click.option(
     "--runs", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Also see these training runs."
 )
-@_store_option
+@store_option
 def sql(query: str, form: str, output: Path | None, runs: Path | None, store: Path) -> None:
-    """Run one read-only SQL query over patients, slides, bags, splits and skipped.
+    """Run one read-only SQL query over patients, slides, bags, splits, skipped, derived and prototypes.
 
     With --runs DIR also over runs and predictions. Nothing outside the store can be read or
     written from SQL.
@@ -305,8 +288,8 @@ def _write_rows(rows: Any, form: str, output: Path | None) -> None:
 
 
 @main.command()
-@_store_option
-@_json_option
+@store_option
+@json_option
 def info(store: Path, as_json: bool) -> None:
     """Show what the store holds, which labels and slides miss each other, and what was left out.
 
@@ -319,13 +302,18 @@ def info(store: Path, as_json: bool) -> None:
 
     found = open_store(store).info()
     if as_json:
-        _print_json(asdict(found))
+        print_json(asdict(found))
         return
     click.echo(f"store {found.path}: {human_bytes(found.stored_bytes)} of features, made {found.created}")
-    for title, rows in (("cohorts", found.cohorts), ("bags", _readable(found.encoders)), ("splits", found.splits)):
+    for title, rows in (
+        ("cohorts", found.cohorts),
+        ("bags", _readable(found.encoders)),
+        ("derived", [{**row, "bytes": human_bytes(row["bytes"])} for row in found.derived]),
+        ("splits", found.splits),
+    ):
         if rows:
             click.echo(f"\n{title}")
-            _echo_rows(rows)
+            echo_rows(rows)
     for title, rows in (
         ("slides without a label", found.slides_without_label),
         ("labels without a slide", found.labels_without_slide),
@@ -334,7 +322,7 @@ def info(store: Path, as_json: bool) -> None:
     ):
         click.echo(f"\n{title}: {len(rows)}")
         if rows:
-            _echo_rows(rows[:20])
+            echo_rows(rows[:20])
         if len(rows) > 20:
             click.echo(f"... and {len(rows) - 20} more; all of them with --json")
 
@@ -348,8 +336,8 @@ def _readable(encoders: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 @main.command()
 @click.argument("slide")
-@_store_option
-@_json_option
+@store_option
+@json_option
 def show(slide: str, store: Path, as_json: bool) -> None:
     """Show one slide: its patient and its bags.
 
@@ -362,12 +350,12 @@ def show(slide: str, store: Path, as_json: bool) -> None:
 
     found = open_store(store).slide_rows(strip_suffixes(slide))
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     for name, value in {**found["slide"], **(found["patient"] or {})}.items():
         click.echo(f"{name:<16} {'' if value is None else value}")
     click.echo()
-    _echo_rows(
+    echo_rows(
         [
             {
                 k: bag[k]
@@ -384,7 +372,7 @@ def show(slide: str, store: Path, as_json: bool) -> None:
 @click.option("--patches", type=click.IntRange(min=16), default=13_496, show_default=True, help="Mean patches at 20x.")
 @click.option("--dim", type=click.IntRange(min=8), default=64, show_default=True, help="Feature dimension.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@_json_option
+@json_option
 def synth(directory: Path, slides: int, patches: int, dim: int, seed: int, as_json: bool) -> None:
     """Make a synthetic cohort DEMO to try things on: CLAM files, clinical table, splits.
 
@@ -398,10 +386,10 @@ def synth(directory: Path, slides: int, patches: int, dim: int, seed: int, as_js
     """
     from cfstore.synth import synthesize
 
-    with _progress("making slides", "slides") as step:
+    with progress("making slides", "slides") as step:
         made = synthesize(directory, slides=slides, patches=patches, dim=dim, seed=seed, progress=step)
     if as_json:
-        _print_json(asdict(made))
+        print_json(asdict(made))
         return
     counts = ", ".join(f"{scale}x {total:,}" for scale, total in sorted(made.n_patches.items()))
     click.echo(
@@ -413,14 +401,21 @@ def synth(directory: Path, slides: int, patches: int, dim: int, seed: int, as_js
     )
 
 
+main.add_command(derive)
+
+
 # -- keeping -------------------------------------------------------------------------------------
 
 
 @main.command()
-@click.option("--deep", is_flag=True, help="Also compare every value with the source files, within the recorded error.")
+@click.option(
+    "--deep",
+    is_flag=True,
+    help="Also compare every value with the source files, within the recorded error, and derive again.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Slides checked at once [default: one per core].")
-@_store_option
-@_json_option
+@store_option
+@json_option
 def verify(deep: bool, threads: int | None, store: Path, as_json: bool) -> None:
     """Check that catalog, shards and every stored byte are what was written.
 
@@ -434,21 +429,21 @@ def verify(deep: bool, threads: int | None, store: Path, as_json: bool) -> None:
     from cfstore.describe import describe_verify
     from cfstore.store import open_store
 
-    with _progress("verifying", "slides") as step:
+    with progress("verifying", "slides") as step:
         report = open_store(store).verify(deep=deep, threads=threads, progress=step)
-    say = _printer(as_json)
+    say = printer(as_json)
     for line in describe_verify(report):
         say(line)
     if as_json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
     sys.exit(1 if report.findings else 0)
 
 
 @main.command()
-@_store_option
-@_json_option
+@store_option
+@json_option
 def reindex(store: Path, as_json: bool) -> None:
-    """Make the catalog anew from the shards and imported tables alone.
+    """Make the catalog anew from the shards, imported tables and derived files alone.
 
     \b
     Example:
@@ -457,19 +452,19 @@ def reindex(store: Path, as_json: bool) -> None:
     from cfstore.store import open_store
 
     report = open_store(store).reindex()
-    say = _printer(as_json)
+    say = printer(as_json)
     say(f"reindexed  {report.n_shards} shards, {report.n_slides} slides ({report.n_bags} bags)")
     for shard in report.gone:
         say(f"gone       {shard}: was in the catalog, is not on disk; restore it, or ingest its slides again")
     if as_json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
 
 
 @main.command()
 @click.argument("slides", nargs=-1, required=True, metavar="SLIDE...")
 @click.option("--encoder", metavar="NAME", help="Only what this encoder made of them [default: all].")
-@_store_option
-@_json_option
+@store_option
+@json_option
 def rm(slides: tuple[str, ...], encoder: str | None, store: Path, as_json: bool) -> None:
     """Take slides out of the store. `cfstore compact` frees their space.
 
@@ -483,17 +478,17 @@ def rm(slides: tuple[str, ...], encoder: str | None, store: Path, as_json: bool)
 
     slide_ids = list(dict.fromkeys(strip_suffixes(slide) for slide in slides))
     n_bags = open_store(store).remove(slide_ids, encoder)
-    say = _printer(as_json)
+    say = printer(as_json)
     for slide_id in slide_ids:
         say(f"removed    {slide_id}")
     say(f"done       {len(slide_ids)} slides ({n_bags} bags) removed; `cfstore compact` frees their space")
     if as_json:
-        _print_json({"slides": slide_ids, "encoder": encoder, "n_bags": n_bags})
+        print_json({"slides": slide_ids, "encoder": encoder, "n_bags": n_bags})
 
 
 @main.command()
-@_store_option
-@_json_option
+@store_option
+@json_option
 def compact(store: Path, as_json: bool) -> None:
     """Free the space of removed slides, and put small shards together.
 
@@ -506,11 +501,11 @@ def compact(store: Path, as_json: bool) -> None:
     from cfstore.describe import describe_compact
     from cfstore.store import open_store
 
-    with _progress("compacting", "slides") as step:
+    with progress("compacting", "slides") as step:
         report = open_store(store).compact(step)
-    _printer(as_json)(describe_compact(report))
+    printer(as_json)(describe_compact(report))
     if as_json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
 
 
 # -- files and numbers out -----------------------------------------------------------------------
@@ -530,8 +525,8 @@ def compact(store: Path, as_json: bool) -> None:
 @click.option("--cohort", metavar="NAME", help="Only slides of this cohort.")
 @click.option("--encoder", metavar="NAME", help="Encoder of the features [default: the only one].")
 @click.option("--shard-slides", type=click.IntRange(min=1), default=64, show_default=True, help="Most slides in a tar.")
-@_store_option
-@_json_option
+@store_option
+@json_option
 def export(
     directory: Path,
     form: Any,
@@ -554,7 +549,7 @@ def export(
     """
     from cfstore.store import open_store
 
-    with _progress("writing", "slides") as step:
+    with progress("writing", "slides") as step:
         done = open_store(store).export(
             directory,
             format=form,
@@ -565,7 +560,7 @@ def export(
             progress=step,
         )
     if as_json:
-        _print_json(asdict(done))
+        print_json(asdict(done))
         return
     click.echo(
         f"{directory}: {done.n_slides} slides ({done.n_bags} bags of {done.encoder}) in {done.n_files} files, "
@@ -589,8 +584,8 @@ def bench() -> None:
 @click.option("--scale", type=click.Choice(["5", "10", "20"]), help="Scale of PATH, where nothing says.")
 @click.option("--mb", type=click.IntRange(min=1), default=64, show_default=True, help="Megabytes of rows to take.")
 @click.option("--threads", type=click.IntRange(min=1), help="For the last decode column [default: one per core].")
-@_store_option
-@_json_option
+@store_option
+@json_option
 def bench_codecs(
     path: Path | None,
     encoder: str | None,
@@ -617,10 +612,10 @@ def bench_codecs(
         rows = library.rows_of_folder(path, scale=int(scale) if scale else None, encoder=encoder, max_bytes=nbytes)
     else:
         rows = library.rows_of_store(store, encoder=encoder, max_bytes=nbytes)
-    with _progress("measuring", "runs") as step:
+    with progress("measuring", "runs") as step:
         found = library.bench_codecs(rows, threads=threads, progress=step)
     if as_json:
-        _print_json(asdict(found))
+        print_json(asdict(found))
         return
     machine = found.machine
     click.echo(
@@ -629,7 +624,7 @@ def bench_codecs(
         f"{machine['processor']}, {machine['cores']} cores; numpy {machine['numpy']}, "
         f"numcodecs {machine['numcodecs']}\n"
     )
-    _echo_rows(
+    echo_rows(
         [
             {
                 "dtype": row.dtype,
@@ -647,57 +642,3 @@ def bench_codecs(
     )
     for dtype, reason in found.refused.items():
         click.echo(f"{dtype}: {reason}")
-
-
-# -- printing ------------------------------------------------------------------------------------
-
-
-def _printer(as_json: bool) -> Callable[[str], None]:
-    """Text goes to stdout, or to stderr where stdout carries JSON."""
-    return lambda line: click.echo(line, err=as_json)
-
-
-@contextmanager
-def _progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; elsewhere a line at every tenth of what takes long. All on stderr."""
-    if sys.stderr.isatty():
-        with _bar(label) as step:
-            yield step
-        return
-    last, started = 0, time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        nonlocal last
-        tenth = 10 * done // max(total, 1)
-        if tenth > last and time.monotonic() - started > _QUIET_SECONDS:
-            last = tenth
-            click.echo(f"{label}: {done} of {total} {unit}", err=True)
-
-    yield tell
-
-
-@contextmanager
-def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    bar: Any = None
-
-    def step(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = click.progressbar(length=total, label=label, file=sys.stderr, show_pos=True)
-            bar.__enter__()
-        bar.update(done - bar.pos)
-
-    try:
-        yield step
-    finally:
-        if bar is not None:
-            bar.update(bar.length - bar.pos if sys.exc_info()[0] is None else 0)
-            bar.__exit__(None, None, None)
-
-
-def _print_json(content: Any) -> None:
-    click.echo(json.dumps(plain(content), indent=2))
-
-
-def _echo_rows(rows: Sequence[Mapping[str, Any]]) -> None:
-    click.echo(text_table(list(rows[0]), [tuple(row.values()) for row in rows]))

@@ -1,0 +1,88 @@
+"""What the commands share: options, progress, and text or JSON to where it belongs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from cfstore.render import plain, text_table
+
+F = TypeVar("F", bound=Callable[..., Any])
+_QUIET_SECONDS = 2.0
+
+
+def store_option(command: F) -> F:
+    """--store."""
+    return click.option(
+        "--store",
+        type=click.Path(path_type=Path),
+        envvar="CFSTORE",
+        default=Path("cfstore-data"),
+        show_default=True,
+        help="The store's directory; also $CFSTORE.",
+    )(command)
+
+
+def json_option(command: F) -> F:
+    """--json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(command)
+
+
+def printer(as_json: bool) -> Callable[[str], None]:
+    """Text goes to stdout, or to stderr where stdout carries JSON."""
+    return lambda line: click.echo(line, err=as_json)
+
+
+@contextmanager
+def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; elsewhere a line at every tenth of what takes long. All on stderr."""
+    if sys.stderr.isatty():
+        with _bar(label) as step:
+            yield step
+        return
+    last, started = 0, time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        tenth = 10 * done // max(total, 1)
+        if tenth > last and time.monotonic() - started > _QUIET_SECONDS:
+            last = tenth
+            click.echo(f"{label}: {done} of {total} {unit}", err=True)
+
+    yield tell
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    bar: Any = None
+
+    def step(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = click.progressbar(length=total, label=label, file=sys.stderr, show_pos=True)
+            bar.__enter__()
+        bar.update(done - bar.pos)
+
+    try:
+        yield step
+    finally:
+        if bar is not None:
+            bar.update(bar.length - bar.pos if sys.exc_info()[0] is None else 0)
+            bar.__exit__(None, None, None)
+
+
+def print_json(content: Any) -> None:
+    """One JSON object to stdout."""
+    click.echo(json.dumps(plain(content), indent=2))
+
+
+def echo_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as a table."""
+    click.echo(text_table(list(rows[0]), [tuple(row.values()) for row in rows]))

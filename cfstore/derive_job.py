@@ -1,0 +1,260 @@
+"""Derived arrays of a few slides: computed, written aside, renamed, registered.
+
+Runs in the process that was asked or in one of several. Kill it anywhere: what was being written is swept away by
+the next command that writes, and a file that was renamed but not registered is registered.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cfstore import catalog
+from cfstore.alignment import align, patch_edge
+from cfstore.derivation import Derivation
+from cfstore.derived_files import SUFFIX, DerivedWriter, folder_of, temporary_name
+from cfstore.derived_tables import SOURCE
+from cfstore.errors import ShapeError
+from cfstore.halves import widened
+from cfstore.locks import discard, disk_errors, hold, write_lock
+from cfstore.neighbours import nearest_patches, similar_patches
+from cfstore.reader import SlideReader
+from cfstore.shards import sync
+from cfstore.types import Bag
+
+BLOCK_BYTES: Final = 16 << 20
+"""Of stored features that are read at once for a mean."""
+_FEW: Final = 16  # patches; of fewer the spacing says little about their edge
+
+
+@dataclass(frozen=True)
+class DeriveTask:
+    """Of which slides of an encoder what is to be derived."""
+
+    root: Path
+    encoder: str
+    slides: Mapping[str, tuple[Derivation, ...]]
+
+
+@dataclass(frozen=True)
+class DeriveDone:
+    """How many slides got each derivation, and which slides could not: (reason, slide)."""
+
+    done: Mapping[Derivation, int]
+    excluded: tuple[tuple[str, str], ...]
+
+
+class CannotDeriveError(Exception):
+    """Why a derivation is not defined for a slide."""
+
+
+@dataclass(frozen=True)
+class Derived:
+    """An array, and the patch edges that parents were found with."""
+
+    values: NDArray[Any]
+    edges: tuple[float, float] | None = None
+
+
+@dataclass
+class SlideArrays:
+    """Computes what can be derived of slides of one encoder; coordinates of a slide are read once.
+
+    `declared` gives, by (slide, scale), the patch edge in level-0 pixels that the source says.
+    """
+
+    root: Path
+    encoder: str
+    declared: Mapping[tuple[str, int], int | None]
+    readers: Mapping[int, SlideReader]
+    _coords: dict[tuple[str, int], NDArray[np.int32] | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, root: Path, encoder: str, slides: Mapping[str, Iterable[Derivation]]) -> SlideArrays:
+        """For these derivations of these slides.
+
+        Raises
+        ------
+        SlideNotFoundError
+            A slide has no bag of a scale that is needed.
+        """
+        needed: dict[int, list[str]] = defaultdict(list)
+        for slide_id, wanted in slides.items():
+            for scale in {scale for derivation in wanted for scale in derivation.scales}:
+                needed[scale].append(slide_id)
+        query = "SELECT slide_id, scale, patch_size_level0 FROM bags WHERE encoder = ? AND list_contains(?, slide_id)"
+        with catalog.connect(root) as connection:
+            rows = connection.execute(query, [encoder, list(slides)]).fetchall()
+        readers = {scale: SlideReader(root, encoder, [scale], ids, with_coords=True) for scale, ids in needed.items()}
+        return cls(root, encoder, {(slide, scale): edge for slide, scale, edge in rows}, readers)
+
+    def compute(self, slide_id: str, derivation: Derivation) -> Derived:
+        """One array.
+
+        Raises
+        ------
+        CannotDeriveError
+            It is not defined for this slide; the message is the reason.
+        """
+        scale = derivation.scale
+        if derivation.kind == "nearest":
+            try:
+                return Derived(nearest_patches(self._places(slide_id, scale), derivation.k))
+            except ShapeError as error:
+                raise CannotDeriveError(str(error)) from error
+        if derivation.kind == "similar":
+            return Derived(similar_patches(self.readers[scale].read(slide_id).bags[scale], derivation.k))
+        if derivation.kind == "parents":
+            return self._parents(slide_id, scale, derivation.coarse)
+        return Derived(self._mean(slide_id, scale))
+
+    def forget(self, slide_id: str) -> None:
+        """Free what was kept of a slide."""
+        for key in [key for key in self._coords if key[0] == slide_id]:
+            del self._coords[key]
+
+    def _places(self, slide_id: str, scale: int) -> NDArray[np.int32]:
+        key = slide_id, scale
+        if key not in self._coords:
+            self._coords[key] = self.readers[scale].read_coords(slide_id, scale)
+        coords = self._coords[key]
+        if coords is None:
+            raise CannotDeriveError(f"no coordinates at {scale}x")
+        return coords
+
+    def _parents(self, slide_id: str, fine: int, coarse: int) -> Derived:
+        places = {scale: self._places(slide_id, scale) for scale in (fine, coarse)}
+        edges = patch_edges(places, {scale: self.declared.get((slide_id, scale)) for scale in places})
+        if edges is None:
+            raise CannotDeriveError(f"too few patches at {fine}x and {coarse}x to tell their edges, which no file says")
+        if edges[fine] > edges[coarse]:
+            raise CannotDeriveError(f"patches at {fine}x are larger than those at {coarse}x")
+        found = align(places[fine], edges[fine], places[coarse], edges[coarse])
+        return Derived(found.parent.astype(np.int32), (edges[fine], edges[coarse]))
+
+    def _mean(self, slide_id: str, scale: int) -> NDArray[np.float32]:
+        total, count = 0.0, 0  # type: Any, int
+        for _, bag in blocks(self.readers[scale], slide_id, scale):
+            total = total + widened(bag.dequantised().features).sum(axis=0, dtype=np.float64)
+            count += bag.n_patches
+        mean: NDArray[np.float32] = (total / count).astype(np.float32)
+        return mean
+
+
+def blocks(reader: SlideReader, slide_id: str, scale: int) -> Iterator[tuple[int, Bag]]:
+    """The bag of a slide in blocks of rows, BLOCK_BYTES each, and the first row of each."""
+    n_patches, row_bytes = reader.shape(slide_id, scale)
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for start in range(0, n_patches, step):
+        yield start, reader.read_rows(slide_id, scale, [(start, min(start + step, n_patches))])
+
+
+def patch_edges(places: Mapping[int, NDArray[np.int32]], declared: Mapping[int, int | None]) -> dict[int, float] | None:
+    """Edge of the patches of each scale, in level-0 pixels: as the source says, else from their spacing.
+
+    Where the spacing of a scale cannot say it, it follows from another scale's edge: magnifications are inverse
+    to edges. None where nothing says any edge.
+    """
+    spaced = {scale: patch_edge(own) for scale, own in places.items() if declared.get(scale) is None}
+    sure: dict[int, float] = {scale: float(edge) for scale, edge in declared.items() if edge is not None}
+    sure |= {scale: float(edge) for scale, edge in spaced.items() if edge is not None and len(places[scale]) >= _FEW}
+    known = sure or {scale: float(edge) for scale, edge in spaced.items() if edge is not None}
+    if not known:
+        return None
+    finest = max(known)
+    return {scale: known.get(scale, known[finest] * finest / scale) for scale in places}
+
+
+def sources_of(root: Path, encoder: str, derivation: Derivation, slide_ids: Iterable[str]) -> dict[str, str]:
+    """By slide, which bags a derivation of it would be computed from now; slides without them are left out."""
+    query = (
+        f"SELECT fine.slide_id, {SOURCE} FROM bags AS fine LEFT JOIN bags AS coarse "
+        "ON coarse.slide_id = fine.slide_id AND coarse.encoder = fine.encoder AND coarse.scale = ? "
+        "WHERE fine.encoder = ? AND fine.scale = ? AND (? = 0 OR coarse.slide_id IS NOT NULL) "
+        "AND list_contains(?, fine.slide_id)"
+    )
+    coarse = derivation.coarse
+    with catalog.connect(root) as connection:
+        return dict(connection.execute(query, [coarse, encoder, derivation.scale, coarse, list(slide_ids)]).fetchall())
+
+
+@contextmanager
+def new_file(path: Path, root: Path) -> Iterator[Path]:
+    """A temporary file that will be `path`, locked against `sweep` and removed at the end if it is still there."""
+    temporary = temporary_name(path)
+    with disk_errors(root):
+        held = ExitStack()
+        try:
+            with write_lock(root):
+                temporary.parent.mkdir(parents=True, exist_ok=True)
+                temporary.touch()
+                held.enter_context(hold(temporary))
+            with held:
+                yield temporary
+        finally:
+            discard(temporary)
+
+
+def rename_into_place(temporary: Path, path: Path, root: Path) -> None:
+    """Publish a finished file: flushed, renamed, its folders flushed. Needs the write lock."""
+    sync(temporary)
+    temporary.rename(path)
+    folder = path.parent
+    while folder != root:
+        sync(folder)
+        folder = folder.parent
+    sync(root)
+
+
+def write_derived(task: DeriveTask, tell: Callable[[], None]) -> DeriveDone:
+    """Compute, publish and register; `tell` is called after each slide.
+
+    Raises
+    ------
+    DamagedShardError
+        A bag cannot be read.
+    StoreWriteError
+        The store cannot be written.
+    """
+    derivations = sorted({derivation for wanted in task.slides.values() for derivation in wanted})
+    before = {derivation: sources_of(task.root, task.encoder, derivation, task.slides) for derivation in derivations}
+    arrays = SlideArrays.of(task.root, task.encoder, task.slides)
+    excluded: list[tuple[str, str]] = []
+    with ExitStack() as stack:
+        files: dict[Derivation, tuple[DerivedWriter, Path]] = {}
+        for derivation in derivations:
+            path = folder_of(task.root, task.encoder, derivation.name) / f"{uuid.uuid4().hex[:16]}{SUFFIX}"
+            writer = DerivedWriter(stack.enter_context(new_file(path, task.root)), task.encoder, derivation)
+            stack.callback(writer.close)
+            files[derivation] = writer, path
+        for slide_id, wanted in task.slides.items():
+            for derivation in wanted:
+                try:
+                    made = arrays.compute(slide_id, derivation)
+                except CannotDeriveError as reason:
+                    excluded.append((str(reason), slide_id))
+                    continue
+                files[derivation][0].add(slide_id, made.values, before[derivation][slide_id], made.edges)
+            arrays.forget(slide_id)
+            tell()
+        _publish(task, list(files.values()))
+    return DeriveDone({derivation: files[derivation][0].n_entries for derivation in derivations}, tuple(excluded))
+
+
+def _publish(task: DeriveTask, files: list[tuple[DerivedWriter, Path]]) -> None:
+    filled = [(writer, path) for writer, path in files if writer.n_entries]
+    if not filled:
+        return
+    with write_lock(task.root):
+        for writer, path in filled:
+            writer.finish(sources_of(task.root, task.encoder, writer.derivation, task.slides))
+            rename_into_place(writer.path, path, task.root)
+        catalog.reload_tables(task.root)
