@@ -87,8 +87,8 @@ def largest_fits(cost: StepCost, slides: Mapping[str, Mapping[int, int]], free: 
         where, larger = ("of GPU memory", "GPU") if cost.device_type == "cuda" else ("of RAM", "machine")
         message = (
             f"{largest}: training {cost.model_name} on its patches ({sizes}) needs {size_text(needed)} {where}, "
-            f"{size_text(free)} are free; choose a smaller model.embed_dim (model.hidden_dim of abmil), another model, "
-            f"or a larger {larger}"
+            f"{size_text(free)} are free; train fewer models or seeds at once, choose a narrower model "
+            f"(`cftrain models {cost.model_name}` lists widths) or another model, or a larger {larger}"
         )
         raise ConfigError(message)
     return largest

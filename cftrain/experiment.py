@@ -107,10 +107,14 @@ class Prepared:
 
     def teams(self) -> list[list[Spec]]:
         """Which learners train together, group by group."""
-        specs = [spec for run, config in enumerate(self.configs) for spec in _specs(run, config, self.data)]
-        if not self.fused:
-            return [[spec] for spec in specs]
-        return [team for team in (specs[job :: self.jobs] for job in range(self.jobs)) if team]
+        return _teams(self.configs, self.data, self.jobs, self.fused)
+
+
+def _teams(configs: Sequence[RunConfig], data: RunData, jobs: int, fused: bool) -> list[list[Spec]]:
+    specs = [spec for run, config in enumerate(configs) for spec in _specs(run, config, data)]
+    if not fused:
+        return [[spec] for spec in specs]
+    return [team for team in (specs[job::jobs] for job in range(jobs)) if team]
 
 
 def _specs(run: int, config: RunConfig, data: RunData) -> list[Spec]:
@@ -203,10 +207,10 @@ def _beside_a_step(
     configs: Sequence[RunConfig], data: RunData, n_parameters: Sequence[int], nbytes: int, jobs: int, fused: bool
 ) -> int:
     """Bytes that a group needs besides those of one step: its other learners, and the slides that steps hold."""
-    learners = -(-_n_learners(configs, data) // jobs) if fused else 1
-    each = _LEARNER_BYTES * max(n_parameters)
+    teams = [[_LEARNER_BYTES * n_parameters[spec.run] for spec in team] for team in _teams(configs, data, jobs, fused)]
+    others = max(sum(team) - min(team) for team in teams)
     slides = _HELD_STEPS * max(config.train.accumulate for config in configs)
-    return (learners - 1) * each + min(nbytes, int(slides * nbytes / len(data.examples)))
+    return others + min(nbytes, int(slides * nbytes / len(data.examples)))
 
 
 @cache

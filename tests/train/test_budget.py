@@ -51,7 +51,7 @@ def test_a_slide_that_does_not_fit_is_refused_with_what_to_do():
         "b: training crossfusion on its patches (30 at 5x, 160 at 10x, 610 at 20x) needs 1.2 MB of GPU"
     )
     assert "1.2 MB are free" in said
-    assert "smaller model.embed_dim" in said
+    assert "narrower model (`cftrain models crossfusion`" in said
     assert "another model" in said
     assert "larger GPU" in said
 

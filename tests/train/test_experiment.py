@@ -19,7 +19,7 @@ from cfstore.runs import read_runs
 from cftrain.cli import main
 from cftrain.config import load_config
 from cftrain.errors import ConfigError, MissingScaleError, RunError
-from cftrain.experiment import Watcher, cross_validate
+from cftrain.experiment import Watcher, cross_validate, prepare
 from cftrain.report import write_report
 
 
@@ -259,3 +259,19 @@ def test_models_are_listed_with_scales_and_options():
     assert row["scales"] == [5, 10, 20]
     assert row["options"]["embed_dim"] == 512
     assert "abmil" in invoke("models").output
+
+
+def test_memory_beside_a_step_is_that_of_each_learner_by_its_own_size(demo_store, monkeypatch):
+    """A wide model beside a narrow one: two folds of each, all in one group; a learner is 16 bytes a parameter."""
+    told = {}
+    monkeypatch.setattr(
+        "cftrain.experiment._fitted", lambda config, data, device, free: told.setdefault("free", free) and (config, 0)
+    )
+    monkeypatch.setattr("cftrain.experiment.free_ram", lambda: 10**12)
+    wide = ["data.cohort=DEMO", "data.cache=off", "model.name=abmil", "model.hidden_dim=64"]
+    narrow = ["data.cohort=DEMO", "data.cache=off", "model.name=abmil", "model.hidden_dim=4"]
+    ready = prepare([load_config(settings=wide), load_config(settings=narrow)], demo_store.path)
+    n_wide, n_narrow = ready.n_parameters
+    n_folds = len(ready.data.folds)
+    learners = 16 * (n_folds * n_wide + (n_folds - 1) * n_narrow)
+    assert told["free"] == 10**12 - learners - ready.cohort_bytes
