@@ -126,11 +126,11 @@ def _tell(info: ModelInfo, *, details: bool) -> None:
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def import_weights(official: Path, out: Path | None, heads: int, force: bool, as_json: bool) -> None:
-    """Turn weights of the authors' code (RustinS/CrossFusion, ilmaro8/MuSTMIL) into a model of this package.
+    """Turn weights that a model's authors released into a model of this package.
 
-    OFFICIAL is a state dict of CrossFusion, CrossFusionConcat, CrossFusionSingle, AMIL, DSMIL, TransMIL or MuSTMIL;
-    which, and its sizes, is read from the tensors. Nothing but tensors is loaded from it. The ResNet in MuSTMIL's,
-    which makes its features, is left out.
+    OFFICIAL is a state dict of CrossFusion, CrossFusionConcat, CrossFusionSingle, AMIL, DSMIL or TransMIL
+    (RustinS/CrossFusion), Patch-GCN, ZoomMIL or MuSTMIL; which, and its sizes, is read from the tensors. Nothing but
+    tensors is loaded from it.
 
     \b
     Example:

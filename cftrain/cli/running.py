@@ -89,7 +89,7 @@ def run(
 ) -> None:
     """Cross-validate a model on a cohort and write a run directory.
 
-    Two C-indices are reported, each with its rule: the last epoch of a schedule fixed
+    C-indices are reported with their rule: the last epoch of a schedule fixed
     beforehand (honest), and the best epoch on the reported fold (the paper's; optimistic). --nested
     adds a third: the epoch that an inner model chose on held-out training patients (honest).
 
