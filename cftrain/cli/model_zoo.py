@@ -22,6 +22,7 @@ _NEEDS: Final = {
     "similar": "feature graph",
     "parents": "parents",
     "mean": "means",
+    "prototypes": "prototypes",
 }
 """In the list: what a model needs besides features; the store derives all but coordinates from what it holds."""
 
@@ -106,7 +107,7 @@ def _tell(info: ModelInfo, *, details: bool) -> None:
     about = _about(info)
     scales = ", ".join(f"{scale}x" for scale in info.scales)
     needs = ", ".join(dict.fromkeys(_NEEDS[extra.kind] for extra in _extras(info))) or "-"
-    click.echo(f"{info.name:<20} {scales:<12} {needs:<16} {info.summary}")
+    click.echo(f"{info.name:<20} {scales:<12} {needs:<25} {info.summary}")
     if details:
         click.echo(f"{'':<20} {info.reference}")
         for need in about["needs"]:

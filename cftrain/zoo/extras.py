@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["coords", "nearest", "similar", "parents", "mean"]
+Kind = Literal["coords", "nearest", "similar", "parents", "mean", "prototypes"]
 
 
 @dataclass(frozen=True, order=True)
@@ -18,13 +18,15 @@ class Extra:
     coarse: int = 0
     """Of parents: the scale whose rows they are."""
     k: int = 0
-    """Of nearest and similar: neighbours of a patch."""
+    """Of nearest and similar: neighbours of a patch; of prototypes: how many."""
 
     @property
     def label(self) -> str:
         """What to call it in a line of text."""
         if self.kind == "coords":
             return f"coordinates at {self.scale}x"
+        if self.kind == "prototypes":
+            return f"{self.k} k-means prototypes of the training fold at {self.scale}x"
         if self.kind == "mean":
             return f"mean patch at {self.scale}x"
         if self.kind == "parents":
@@ -34,14 +36,14 @@ class Extra:
     @property
     def from_coordinates(self) -> tuple[int, ...]:
         """The scales whose coordinates it is made of."""
-        if self.kind in ("similar", "mean"):
+        if self.kind in ("similar", "mean", "prototypes"):
             return ()
         return (self.scale, self.coarse) if self.kind == "parents" else (self.scale,)
 
     @property
     def rows_of(self) -> int:
         """The scale whose rows its values are, -1 standing for none; 0 where its values are no rows."""
-        return {"coords": 0, "mean": 0, "parents": self.coarse}.get(self.kind, self.scale)
+        return {"coords": 0, "mean": 0, "prototypes": 0, "parents": self.coarse}.get(self.kind, self.scale)
 
 
 def coords(scale: int) -> Extra:
@@ -67,3 +69,8 @@ def parents(fine: int, coarse: int) -> Extra:
 def mean(scale: int) -> Extra:
     """The mean patch of a slide: [D]; only to be fitted on, no batch carries it."""
     return Extra("mean", scale)
+
+
+def prototypes(scale: int, n: int) -> Extra:
+    """Centres of n k-means clusters of a training fold's patches: [n, D]; only to be fitted on."""
+    return Extra("prototypes", scale, k=n)

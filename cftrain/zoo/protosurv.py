@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cftrain.errors import ConfigError
-from cftrain.zoo.extras import Extra, nearest
+from cftrain.zoo.extras import Extra, nearest, prototypes
 from cftrain.zoo.options import ModelInfo, Options, check_positive, check_rate
 
 
@@ -45,6 +45,10 @@ class ProtoSurvConfig(Options):
     def extras(self) -> tuple[Extra, ...]:
         """Each patch's nearest neighbours on the slide."""
         return (nearest(self.scale, self.k),)
+
+    def fit_extras(self) -> tuple[Extra, ...]:
+        """Centres of pseudo-classes."""
+        return (prototypes(self.scale, self.n_classes),)
 
     def __post_init__(self) -> None:
         check_positive(self, "scale", "k", "n_classes", "n_prototypes", "embed_dim", "n_heads", "mlp_dim")
