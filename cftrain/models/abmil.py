@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cftrain.models.bags import BagBatch
 from cftrain.models.base import SurvivalModel
 from cftrain.models.patch_maps import PatchMap
+from cftrain.models.pooling import GatedAttention, attention_map, weighted_means
 from cftrain.zoo import ABMILConfig
 
 
@@ -47,37 +48,18 @@ class ABMIL(SurvivalModel):
         with self.evaluating(), torch.no_grad():
             scored = self._scored(batch)
             logits_BK = self._pooled(scored)
-        weights = tuple(score_N1[:, 0].cpu().double().softmax(dim=0) for _, score_N1 in scored)
-        return logits_BK, {"attention": PatchMap(self.scales[0], weights, (0.0,) * len(batch))}
+        return logits_BK, {"attention": attention_map(self.scales[0], [score_N1 for score_N1, _ in scored])}
 
     def _scored(self, batch: BagBatch) -> list[tuple[Tensor, Tensor]]:
-        """Of each bag: h [N, H], and s [N, 1]."""
+        """Of each bag: s [N, 1], and h [N, H]."""
         scale = self.scales[0]
         h_NH = self.dropout(torch.relu(self.projection(self.rows(batch, scale))))
         lengths = list(batch.lengths[scale])
-        return list(zip(torch.split(h_NH, lengths), torch.split(self.attention(h_NH), lengths), strict=True))
+        return list(zip(torch.split(self.attention(h_NH), lengths), torch.split(h_NH, lengths), strict=True))
 
     def _pooled(self, bags: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        z_BH = torch.cat([score_N1.softmax(dim=0).T @ h for h, score_N1 in bags])
-        logits_BK: Tensor = self.head(z_BH)
+        logits_BK: Tensor = self.head(weighted_means(bags))
         return logits_BK
-
-
-class GatedAttention(nn.Module):
-    """One score per patch: [N, H] to [N, 1], before the softmax over a bag."""
-
-    def __init__(self, hidden_dim: int, attention_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.content = nn.Linear(hidden_dim, attention_dim)
-        self.gate = nn.Linear(hidden_dim, attention_dim)
-        self.score = nn.Linear(attention_dim, 1)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, h_NH: Tensor) -> Tensor:
-        content_NA = self.dropout(torch.tanh(self.content(h_NH)))
-        gate_NA = self.dropout(torch.sigmoid(self.gate(h_NH)))
-        score_N1: Tensor = self.score(content_NA * gate_NA)
-        return score_N1
 
 
 def _initialise(module: nn.Module) -> None:

@@ -40,6 +40,7 @@ from cftrain.models.ancestors import Ancestors
 from cftrain.models.bags import BagBatch
 from cftrain.models.base import SurvivalModel
 from cftrain.models.patch_maps import PatchMap
+from cftrain.models.pooling import attention_map, weighted_means
 from cftrain.zoo import CSMILConfig
 from cftrain.zoo.pyramid import scales_of
 
@@ -71,8 +72,7 @@ class CSMIL(SurvivalModel):
         with self.evaluating(), torch.no_grad():
             scored = self._scored(batch)
             logits_BK = self._pooled(scored)
-        weights = tuple(score_N1[:, 0].cpu().double().softmax(dim=0) for _, score_N1 in scored)
-        return logits_BK, {"attention": PatchMap(self.scales[-1], weights, (0.0,) * len(batch))}
+        return logits_BK, {"attention": attention_map(self.scales[-1], [score_N1 for _, score_N1 in scored])}
 
     def _scored(self, batch: BagBatch) -> list[tuple[Tensor, Tensor]]:
         """Of each bag: h [N, E], and the score of each instance before the softmax [N, 1], in float32 at least."""
@@ -88,7 +88,7 @@ class CSMIL(SurvivalModel):
         return _View(e, self.scale_attention(e), ancestors)
 
     def _pooled(self, bags: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        z_BE = torch.cat([score_N1.softmax(dim=0).T.to(h_NE.dtype) @ h_NE for h_NE, score_N1 in bags])
+        z_BE = weighted_means((score_N1, h_NE) for h_NE, score_N1 in bags)
         logits_BK: Tensor = self.head(z_BE)
         return logits_BK
 

@@ -42,10 +42,11 @@ from torch import Tensor, nn
 
 from cftrain.models.bags import BagBatch
 from cftrain.models.base import SurvivalModel
-from cftrain.models.gated_head import GatedHead, attention_map
+from cftrain.models.gated_head import GatedHead
 from cftrain.models.graph import ChebConv, GINConv
 from cftrain.models.graph_sums import edges, undirected
 from cftrain.models.patch_maps import PatchMap
+from cftrain.models.pooling import attention_map
 from cftrain.zoo import DeepGraphSurvConfig
 
 N_CONVOLUTIONS = 3

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cftrain.models.abmil import GatedAttention
-from cftrain.models.patch_maps import PatchMap
+from cftrain.models.pooling import GatedAttention, weighted_means
 
 
 class GatedHead(nn.Module):
@@ -29,13 +28,6 @@ class GatedHead(nn.Module):
     def forward(self, h: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Logits [B, K], and each slide's scores s [N_b, 1]."""
         scores = torch.split(self.attention(h), list(lengths))
-        bags = zip(scores, torch.split(h, list(lengths)), strict=True)
-        z_BH = torch.cat([score.softmax(dim=0).T @ rows for score, rows in bags])
+        z_BH = weighted_means(zip(scores, torch.split(h, list(lengths)), strict=True))
         logits_BK: Tensor = self.classifier(self.dropout(torch.relu(self.projection(z_BH))))
         return logits_BK, scores
-
-
-def attention_map(scale: int, scores: tuple[Tensor, ...]) -> PatchMap:
-    """The weights a of each slide, from its scores [N_b, 1]."""
-    weights = tuple(score[:, 0].cpu().double().softmax(dim=0) for score in scores)
-    return PatchMap(scale, weights, (0.0,) * len(weights))

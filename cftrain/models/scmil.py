@@ -48,11 +48,11 @@ from torch import Tensor, nn
 
 from cfkernels import attention
 from cftrain.errors import ConfigError
-from cftrain.models.abmil import GatedAttention
 from cftrain.models.bags import BagBatch
 from cftrain.models.base import SurvivalModel
 from cftrain.models.fitting import TrainingFold
 from cftrain.models.patch_maps import PatchMap
+from cftrain.models.pooling import GatedAttention, attention_map, weighted_means
 from cftrain.models.slide_clusters import Clusters, slide_clusters, without_numbers
 from cftrain.models.survival_mixture import SurvivalMixture
 from cftrain.zoo import Extra, SCMILConfig
@@ -103,12 +103,8 @@ class SCMIL(SurvivalModel):
             bags = self._encoded(batch)
             logits_BK = self._pooled(bags)
         passed = [bag.filter_score[:, 0].cpu().double().sigmoid() for bag in bags]
-        scores = {
-            "attention": tuple(bag.score[:, 0].cpu().double().softmax(dim=0) for bag in bags),
-            "filter": tuple(p / p.sum() for p in passed),
-        }
-        none = (0.0,) * len(batch)
-        return logits_BK, {name: PatchMap(self.scales[0], each, none) for name, each in scores.items()}
+        shares = PatchMap(self.scales[0], tuple(p / p.sum() for p in passed), (0.0,) * len(batch))
+        return logits_BK, {"attention": attention_map(self.scales[0], [bag.score for bag in bags]), "filter": shares}
 
     def _encoded(self, batch: BagBatch) -> list[_Bag]:
         scale = self.scales[0]
@@ -144,7 +140,7 @@ class SCMIL(SurvivalModel):
         return Clusters(kept[order], sizes)
 
     def _pooled(self, bags: Sequence[_Bag]) -> Tensor:
-        logits_BK: Tensor = self.head(torch.cat([bag.score.softmax(dim=0).T @ bag.y for bag in bags]))
+        logits_BK: Tensor = self.head(weighted_means((bag.score, bag.y) for bag in bags))
         return logits_BK
 
 

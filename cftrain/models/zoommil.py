@@ -47,11 +47,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cftrain.models.abmil import GatedAttention
 from cftrain.models.bags import BagBatch
 from cftrain.models.base import SurvivalModel
 from cftrain.models.patch_maps import PatchMap
 from cftrain.models.perturbed_topk import hard_topk, perturbed_topk
+from cftrain.models.pooling import GatedAttention
 from cftrain.zoo import ZoomMILConfig
 from cftrain.zoo.extras import parents
 
