@@ -380,6 +380,7 @@ def reconcile(root: Path) -> int:
             listed = set(connection.execute("SELECT shard, slide_id FROM internal.shard_slides").fetchall())
             tables = _known_tables(connection)
             derived = derived_tables.known_files(connection)
+            behind = derived_tables.is_behind(connection)
     except duckdb.Error as error:
         message = f"{root / CATALOG_FILE}: cannot be read ({_first_line(error)}); `cfstore reindex` makes it anew"
         raise StoreFormatError(message) from error
@@ -391,7 +392,12 @@ def reconcile(root: Path) -> int:
         records = [read_record(root, shard) for shard in missing]
         replaced = {shard for shard in missing if any(shard in record.replaces for record in records)}
         register(root, [record for record in records if record.shard not in replaced])
-    elif tables != _table_digests(root) or derived != set(published_files(root)) or not (root / SNAPSHOT_FILE).exists():
+    elif (
+        behind
+        or tables != _table_digests(root)
+        or derived != set(published_files(root))
+        or not (root / SNAPSHOT_FILE).exists()
+    ):
         reload_tables(root)
     return len(missing)
 

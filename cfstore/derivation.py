@@ -11,7 +11,7 @@ from cfstore.types import SCALES
 
 Kind = Literal["nearest", "similar", "parents", "mean"]
 
-VERSIONS: Final[dict[Kind, int]] = {"nearest": 1, "similar": 1, "parents": 1, "mean": 1}
+VERSIONS: Final[dict[Kind, int]] = {"nearest": 1, "similar": 2, "parents": 2, "mean": 1}
 """Of the algorithms: raised where one gives other values than before, so that all of its kind is computed anew."""
 MOST_NEIGHBOURS: Final = 1000
 _FORMS: Final = "nearest8-20x, similar8-20x, parents-20x-10x, mean-20x (any scale and number of neighbours)"

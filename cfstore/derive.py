@@ -14,7 +14,7 @@ from typing import Final
 from cfstore.catalog import connect
 from cfstore.derivation import Derivation
 from cfstore.derive_job import DeriveTask, write_derived
-from cfstore.derived_reader import find_derived
+from cfstore.derived_reader import Places, find_derived
 from cfstore.errors import SlideNotFoundError
 from cfstore.ingest import prepare
 from cfstore.processes import side_by_side
@@ -151,10 +151,12 @@ def run_derive(
         The store cannot be written; what was computed before stays.
     """
     started = time.monotonic()
-    prepare(root)
     wanted, slide_ids = sorted(set(derivations)), list(dict.fromkeys(slide_ids))
     bags = _read_bags(root, encoder, slide_ids)
     held = find_derived(root, wanted, encoder, slide_ids)
+    if not _all_there(root, held, slide_ids):  # else a store that cannot be written will do
+        prepare(root)
+        bags, held = _read_bags(root, encoder, slide_ids), find_derived(root, wanted, encoder, slide_ids)
     excluded: dict[str, set[str]] = defaultdict(set)
     todo: dict[str, list[Derivation]] = defaultdict(list)
     for derivation in wanted:
@@ -196,6 +198,13 @@ def run_derive(
         n_slides=len(slide_ids),
         n_processes=min(n_jobs, max(1, len(tasks))),
         seconds=time.monotonic() - started,
+    )
+
+
+def _all_there(root: Path, held: Places, slide_ids: Sequence[str]) -> bool:
+    files = {place.file for places in held.values() for place in places.values()}
+    return all(len(places) == len(slide_ids) for places in held.values()) and all(
+        (root / file).exists() for file in files
     )
 
 

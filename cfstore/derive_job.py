@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cfstore import catalog
 from cfstore.alignment import align, patch_edge
 from cfstore.derivation import Derivation
-from cfstore.derived_files import SUFFIX, DerivedWriter, folder_of, temporary_name
+from cfstore.derived_files import CHANGED, SUFFIX, DerivedWriter, folder_of, temporary_name
 from cfstore.derived_tables import SOURCE
 from cfstore.errors import ShapeError
 from cfstore.halves import widened
@@ -68,12 +68,12 @@ class Derived:
 class SlideArrays:
     """Computes what can be derived of slides of one encoder; coordinates of a slide are read once.
 
-    `declared` gives, by (slide, scale), the patch edge in level-0 pixels that the source says.
+    `declared` gives, by (slide, scale), the patch edge in level-0 pixels where the source says one above 0.
     """
 
     root: Path
     encoder: str
-    declared: Mapping[tuple[str, int], int | None]
+    declared: Mapping[tuple[str, int], int]
     readers: Mapping[int, SlideReader]
     _coords: dict[tuple[str, int], NDArray[np.int32] | None] = field(default_factory=dict)
 
@@ -94,7 +94,8 @@ class SlideArrays:
         with catalog.connect(root) as connection:
             rows = connection.execute(query, [encoder, list(slides)]).fetchall()
         readers = {scale: SlideReader(root, encoder, [scale], ids, with_coords=True) for scale, ids in needed.items()}
-        return cls(root, encoder, {(slide, scale): edge for slide, scale, edge in rows}, readers)
+        declared = {(slide, scale): edge for slide, scale, edge in rows if edge is not None and edge > 0}
+        return cls(root, encoder, declared, readers)
 
     def compute(self, slide_id: str, derivation: Derivation) -> Derived:
         """One array.
@@ -161,16 +162,17 @@ def patch_edges(places: Mapping[int, NDArray[np.int32]], declared: Mapping[int, 
     """Edge of the patches of each scale, in level-0 pixels: as the source says, else from their spacing.
 
     Where the spacing of a scale cannot say it, it follows from another scale's edge: magnifications are inverse
-    to edges. None where nothing says any edge.
+    to edges. Of few patches the spacing is at least the edge, so the scale where it is least says it for all. None
+    where nothing says any edge.
     """
     spaced = {scale: patch_edge(own) for scale, own in places.items() if declared.get(scale) is None}
     sure: dict[int, float] = {scale: float(edge) for scale, edge in declared.items() if edge is not None}
     sure |= {scale: float(edge) for scale, edge in spaced.items() if edge is not None and len(places[scale]) >= _FEW}
-    known = sure or {scale: float(edge) for scale, edge in spaced.items() if edge is not None}
-    if not known:
-        return None
-    finest = max(known)
-    return {scale: known.get(scale, known[finest] * finest / scale) for scale in places}
+    if sure:
+        finest = max(sure)
+        return {scale: sure.get(scale, sure[finest] * finest / scale) for scale in places}
+    at_1x = [float(edge) * scale for scale, edge in spaced.items() if edge is not None]
+    return {scale: min(at_1x) / scale for scale in places} if at_1x else None
 
 
 def sources_of(root: Path, encoder: str, derivation: Derivation, slide_ids: Iterable[str]) -> dict[str, str]:
@@ -245,16 +247,22 @@ def write_derived(task: DeriveTask, tell: Callable[[], None]) -> DeriveDone:
                 files[derivation][0].add(slide_id, made.values, before[derivation][slide_id], made.edges)
             arrays.forget(slide_id)
             tell()
-        _publish(task, list(files.values()))
-    return DeriveDone({derivation: files[derivation][0].n_entries for derivation in derivations}, tuple(excluded))
+        changed = _publish(task, list(files.values()))
+    excluded += [(CHANGED, slide_id) for slides in changed.values() for slide_id in slides]
+    done = {derivation: files[derivation][0].n_entries - len(changed.get(derivation, [])) for derivation in derivations}
+    return DeriveDone(done, tuple(excluded))
 
 
-def _publish(task: DeriveTask, files: list[tuple[DerivedWriter, Path]]) -> None:
+def _publish(task: DeriveTask, files: list[tuple[DerivedWriter, Path]]) -> dict[Derivation, list[str]]:
+    """Gives the slides whose bags became others meanwhile."""
     filled = [(writer, path) for writer, path in files if writer.n_entries]
+    changed: dict[Derivation, list[str]] = {}
     if not filled:
-        return
+        return changed
     with write_lock(task.root):
         for writer, path in filled:
-            writer.finish(sources_of(task.root, task.encoder, writer.derivation, task.slides))
+            now = sources_of(task.root, task.encoder, writer.derivation, task.slides)
+            changed[writer.derivation] = writer.finish(now)
             rename_into_place(writer.path, path, task.root)
         catalog.reload_tables(task.root)
+    return changed

@@ -21,7 +21,7 @@ from cfstore.derived_files import (
     read_values,
 )
 from cfstore.derived_reader import command
-from cfstore.derived_tables import has_table
+from cfstore.derived_tables import derived_now, has_table
 from cfstore.errors import StoreError
 
 Found = list[tuple[str | None, str]]
@@ -44,7 +44,7 @@ def _counted(root: Path) -> dict[str, dict[str, int]]:
     with connect(root) as connection:
         if not has_table(connection, "derived"):
             return {}
-        rows = connection.execute("SELECT file, slide_id, row_group FROM derived ORDER BY ALL").fetchall()
+        rows = connection.execute(f"SELECT file, slide_id, row_group FROM ({derived_now()}) ORDER BY ALL").fetchall()
     found: dict[str, dict[str, int]] = {}
     for file, slide_id, row_group in rows:
         found.setdefault(file, {})[slide_id] = row_group

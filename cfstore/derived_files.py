@@ -27,7 +27,7 @@ from cfstore.shards.files import BLANK_DIGEST, TEMPORARY_PREFIX, is_signed, sign
 SUFFIX: Final = ".parquet"
 _ABOUT: Final = "cfstore.derived"
 _FORMAT: Final = 1
-CHANGED: Final = "changed meanwhile"
+CHANGED: Final = "its bags changed meanwhile; run this again"
 """In place of the source of a slide whose bags became others while they were read."""
 
 
@@ -124,8 +124,8 @@ class DerivedWriter:
     def n_entries(self) -> int:
         return len(self._entries)
 
-    def finish(self, sources: Mapping[str, str | None]) -> None:
-        """Complete the file; a slide whose source is not that of `sources` any more counts for nothing."""
+    def finish(self, sources: Mapping[str, str | None]) -> list[str]:
+        """Complete the file; a slide whose source is not that of `sources` any more counts for nothing: gives those."""
         entries = [
             entry if sources.get(entry.slide_id) == entry.source else replace(entry, source=CHANGED)
             for entry in self._entries
@@ -133,6 +133,7 @@ class DerivedWriter:
         head = DerivedFile("", self.encoder, self.derivation, self.derivation.version, self._created, tuple(entries))
         self._file.add_key_value_metadata(_about("derived", asdict(head) | {"derivation": self.derivation.name}))
         self.close()
+        return [entry.slide_id for entry in entries if entry.source == CHANGED]
 
     def close(self) -> None:
         self._file.close()
@@ -218,7 +219,7 @@ def read_file(root: Path, file: str) -> DerivedFile | PrototypesFile:
         if not is_signed(text, content.pop("signature")):
             raise ValueError("its metadata changed after it was written")
         if content.pop("format") != _FORMAT:
-            raise ValueError("written by a newer version")
+            raise StoreFormatError(f"{path}: written by a newer version of cfstore; use that one, or delete the file")
         kind = content.pop("what")
         content["file"] = file
         if kind == "prototypes":

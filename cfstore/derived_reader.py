@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cfstore import derived_files
 from cfstore.catalog import connect
 from cfstore.derivation import Derivation
-from cfstore.derived_tables import VERSION_NOW, has_table
+from cfstore.derived_tables import derived_now, has_table
 from cfstore.errors import NotDerivedError, SlideNotFoundError, StoreFormatError
 from cfstore.render import some
 
@@ -27,6 +27,7 @@ class _Place:
     row_group: int
     nbytes: int
     digest: str
+    source: str
 
 
 Places = dict[Derivation, dict[str, _Place]]
@@ -39,8 +40,8 @@ def find_derived(root: Path, derivations: Iterable[Derivation], encoder: str, sl
         some_slides = []
     named = {derivation.name: derivation for derivation in derivations}
     query = (
-        "SELECT derivation, slide_id, file, row_group, bytes, digest FROM derived WHERE encoder = ? "
-        f"AND list_contains(?, derivation) AND version = {VERSION_NOW} AND (? OR list_contains(?, slide_id))"
+        f"SELECT derivation, slide_id, file, row_group, bytes, digest, source FROM ({derived_now()}) "
+        "WHERE encoder = ? AND list_contains(?, derivation) AND (? OR list_contains(?, slide_id))"
     )
     with connect(root) as connection:
         if not has_table(connection, "derived"):
@@ -124,14 +125,14 @@ class DerivedReader:
     def read(self, slide_id: str) -> dict[Derivation, NDArray[Any]]:
         """The arrays of one slide: nearest and similar int32 [N, k], parents int32 [N], mean float32 [D].
 
-        Rows are those of the bag; -1 stands for none.
+        Rows are those of the bag as it was when the reader was made, as with a `SlideReader`; -1 stands for none.
 
         Raises
         ------
         SlideNotFoundError
             The reader was made for other slides.
         NotDerivedError
-            The slide's bags changed since the reader was made.
+            The arrays are gone: deleted, or the slide was ingested with other values since.
         StoreFormatError
             A file is not what was written.
         """
@@ -150,7 +151,7 @@ class DerivedReader:
             opened = derived_files.open_file(path, self._footers.get(place.file))
         except FileNotFoundError as error:  # a copy of it may be elsewhere
             found = find_derived(self._root, [derivation], self._encoder, [slide_id])[derivation].get(slide_id)
-            if found is None or found == place:
+            if found is None or found == place or found.source != place.source:
                 message = (
                     f"slide {slide_id}: {path} is gone with {derivation.name}; "
                     f"run `{command(self._root, self._encoder, [derivation])}`"

@@ -42,21 +42,7 @@ SOURCE: Final = (
     f"ELSE fine.digest || {_EDGE.format(bag='fine')} || ' ' || coarse.digest || {_EDGE.format(bag='coarse')} END"
 )
 """Over the bags `fine` and (of parents) `coarse`: what an entry's `source` has to be."""
-VERSION_NOW: Final = (
-    "CASE " + " ".join(f"WHEN starts_with(derivation, '{kind}') THEN {n}" for kind, n in VERSIONS.items()) + " END"
-)
-_FILL_DERIVED: Final = f"""
-    INSERT INTO derived BY NAME
-    SELECT made.* FROM internal.derivations AS made
-    JOIN bags AS fine ON fine.slide_id = made.slide_id AND fine.encoder = made.encoder AND fine.scale = made.scale
-    LEFT JOIN bags AS coarse
-        ON coarse.slide_id = made.slide_id AND coarse.encoder = made.encoder AND coarse.scale = made.coarse
-    WHERE made.source = {SOURCE} AND version = {VERSION_NOW}
-    QUALIFY row_number() OVER (
-        PARTITION BY made.slide_id, made.encoder, derivation ORDER BY created, file, row_group) = 1
-"""
-_FILL_PROTOTYPES: Final = f"""
-    INSERT INTO prototypes BY NAME
+_PROTOTYPES_NOW: Final = f"""
     SELECT made.* FROM internal.prototypes AS made
     WHERE version = {PROTOTYPES_VERSION} AND NOT EXISTS (
         SELECT 1 FROM internal.prototype_slides AS used LEFT JOIN bags
@@ -64,6 +50,36 @@ _FILL_PROTOTYPES: Final = f"""
             AND bags.scale = made.scale
         WHERE used.file = made.file AND bags.slide_id IS NULL)
 """
+
+
+def derived_now() -> str:
+    """SQL for the rows of `derived`, of the bags there are now.
+
+    The table itself is behind where a version wrote to the catalog that knows nothing of derived files.
+    """
+    cases = " ".join(f"WHEN starts_with(derivation, '{kind}') THEN {n}" for kind, n in VERSIONS.items())
+    return f"""
+        SELECT made.* FROM internal.derivations AS made
+        JOIN bags AS fine ON fine.slide_id = made.slide_id AND fine.encoder = made.encoder AND fine.scale = made.scale
+        LEFT JOIN bags AS coarse
+            ON coarse.slide_id = made.slide_id AND coarse.encoder = made.encoder AND coarse.scale = made.coarse
+        WHERE made.source = {SOURCE} AND version = CASE {cases} END
+        QUALIFY row_number() OVER (
+            PARTITION BY made.slide_id, made.encoder, derivation ORDER BY created, file, row_group) = 1
+    """
+
+
+def is_behind(connection: duckdb.DuckDBPyConnection) -> bool:
+    """Whether the tables list other rows than those of the bags there are now."""
+    if not has_table(connection, "derived"):
+        return False
+
+    def differ(now: str, table: str, key: str) -> bool:
+        now, held = f"SELECT {key} FROM ({now})", f"SELECT {key} FROM {table}"
+        query = f"SELECT count(*) FROM (({now} EXCEPT {held}) UNION ALL ({held} EXCEPT {now}))"
+        return bool(connection.execute(query).fetchall()[0][0])
+
+    return differ(derived_now(), "derived", "file, row_group") or differ(_PROTOTYPES_NOW, "prototypes", "file")
 
 
 def has_table(connection: duckdb.DuckDBPyConnection, table: str, schema: str = "main", catalog: str = "") -> bool:
@@ -96,10 +112,8 @@ def load(
 ) -> None:
     """Take over files that appeared, forget those that went, and list what counts.
 
-    Raises
-    ------
-    StoreFormatError
-        A new file cannot be read; with `unreadable` it is put there instead.
+    New files that cannot be read are left alone (`verify` names them; what they held counts as not derived) and
+    put into `unreadable`.
     """
     known, on_disk = known_files(connection), set(published_files(root))
     for file in sorted(known - on_disk):
@@ -111,13 +125,12 @@ def load(
         except FileNotFoundError:
             continue  # gone meanwhile
         except StoreFormatError as error:
-            if unreadable is None:
-                raise
-            unreadable[file] = error
+            if unreadable is not None:
+                unreadable[file] = error
     connection.execute(ddl("derived"))
     connection.execute(ddl("prototypes"))
-    connection.execute(_FILL_DERIVED)
-    connection.execute(_FILL_PROTOTYPES)
+    connection.execute(f"INSERT INTO derived BY NAME {derived_now()}")
+    connection.execute(f"INSERT INTO prototypes BY NAME {_PROTOTYPES_NOW}")
 
 
 def _take_over(connection: duckdb.DuckDBPyConnection, found: DerivedFile | PrototypesFile) -> None:

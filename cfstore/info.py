@@ -10,7 +10,7 @@ from typing import Any
 import duckdb
 
 from cfstore.catalog import SLIDE_LABELS_PREFIX, connect
-from cfstore.derived_tables import has_table
+from cfstore.derived_tables import derived_now, has_table
 from cfstore.errors import SlideNotFoundError
 from cfstore.schema import FEATURES_DIR, TABLES_DIR, read_header
 
@@ -71,7 +71,7 @@ def _derived(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
         return []
     query = (
         "SELECT cohort, encoder, derivation, count(*) AS n_slides, sum(bytes)::BIGINT AS bytes "
-        "FROM derived JOIN slides USING (slide_id) GROUP BY ALL ORDER BY ALL"
+        f"FROM ({derived_now()}) JOIN slides USING (slide_id) GROUP BY ALL ORDER BY ALL"
     )
     return _rows(connection, query)
 

@@ -59,6 +59,8 @@ class BagPlace:
     coords: Array | None
     scale: Array | None
     zero: Array | None
+    digest: str
+    """Of the stored rows, wherever they lie."""
 
     @property
     def array_dtype(self) -> np.dtype[np.generic]:
@@ -192,7 +194,7 @@ def find_bags(
     wanted = list(dict.fromkeys(slide_ids))
     found: dict[str, dict[int, BagPlace]] = {slide_id: {} for slide_id in wanted}
     query = (
-        "SELECT bags.slide_id, bags.scale, shard, dtype, bags.codec, dim, n_patches, chunk_rows FROM bags "
+        "SELECT bags.slide_id, bags.scale, shard, dtype, bags.codec, dim, n_patches, chunk_rows, digest FROM bags "
         "JOIN internal.shards USING (shard) WHERE encoder = ? AND list_contains(?, scale) "
         "AND (? OR list_contains(?, slide_id)) ORDER BY bags.slide_id, scale"
     )
@@ -202,11 +204,11 @@ def find_bags(
         arrays = _arrays(connection, encoder, some)
     for slide_id, scale, shard, *rest in rows:
         if slide_id in found:
-            dtype, codec, dim, n_patches, chunk_rows = rest
+            dtype, codec, dim, n_patches, chunk_rows, digest = rest
             own, shared = arrays[shard, slide_id, scale], arrays[shard, slide_id, None]
             found[slide_id][scale] = BagPlace(
                 shard, dtype, codec, dim, n_patches, chunk_rows, own["features"], own.get("coords"),
-                shared.get("scale"), shared.get("zero"),
+                shared.get("scale"), shared.get("zero"), digest,
             )  # fmt: skip
     for slide_id, bags in found.items():
         lacking = [f"{scale}x" for scale in scales if scale not in bags]

@@ -34,7 +34,14 @@ from cfstore.derived_files import (
     write_prototypes,
 )
 from cfstore.derived_tables import PROTOTYPES_VERSION
-from cfstore.errors import DerivationError, SlideNotFoundError, SplitsError, StoreWriteError
+from cfstore.errors import (
+    DerivationError,
+    SlideNotFoundError,
+    SplitsError,
+    StoreBusyError,
+    StoreFormatError,
+    StoreWriteError,
+)
 from cfstore.halves import widened
 from cfstore.locks import write_lock
 from cfstore.reader import SlideReader
@@ -117,11 +124,17 @@ class PrototypeSet:
             return read_centroids(self.path, kept.digest)
         rng = np.random.default_rng(self.seed)
         rows = sample_patches(self.root, self.encoder, self.scale, list(self.slides), rng)
+        now = PrototypeSet.of(self.root, self.encoder, self.scale, self.slides, self.n, self.seed)
+        if now != self:
+            changed = [slide_id for slide_id, digest in self.slides.items() if now.slides[slide_id] != digest]
+            raise DerivationError(
+                f"{some(changed)}: ingested with other values while patches were read; run this again"
+            )
         if len(rows) < self.n:
             of = f"{len(rows)} patches at {self.scale}x of {len(self.slides)} slides"
             raise DerivationError(f"{self.n} prototypes of {of}: name fewer prototypes or more slides")
         found = k_means(rows, self.n, rng)
-        with suppress(StoreWriteError):  # what cannot be kept is still right
+        with suppress(StoreWriteError, StoreBusyError, StoreFormatError):  # what cannot be kept is still right
             self._keep(found, len(rows))
         return found.centroids
 

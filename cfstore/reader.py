@@ -47,7 +47,7 @@ class _Slide:
 
 
 class SlideReader:
-    """Reads slides of one encoder at given scales. Safe to use from several threads.
+    """Reads slides of one encoder at given scales, as they were when it was made. Safe to use from several threads.
 
     Parameters
     ----------
@@ -320,6 +320,8 @@ class SlideReader:
         ------
         DamagedShardError
             It lies where it lay; names the slide.
+        SlideNotFoundError
+            What lies there now are other bags.
         """
         message = f"slide {slide_id}: {error}"
         try:
@@ -328,6 +330,12 @@ class SlideReader:
             raise DamagedShardError(message) from error
         if found == slide.bags:
             raise DamagedShardError(message) from error
+        if any(found[scale].digest != place.digest for scale, place in slide.bags.items()):
+            message = (
+                f"slide {slide_id}: its bags are gone, it was ingested with other values since this reader was made; "
+                "start again with a new one"
+            )
+            raise SlideNotFoundError(message) from error
         with self._lock:
             self._places[slide_id] = found
             self._slides.pop(slide_id, None)

@@ -25,7 +25,7 @@ from cfstore.cli.terminal import json_option, print_json, printer, progress, sto
 )
 @click.option("--splits", metavar="NAME", help="Split set of --prototypes [default: the cohort's only one].")
 @click.option("--scale", type=click.Choice(["5", "10", "20"]), help="Scale of --prototypes [default: 20].")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of --prototypes.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of --prototypes [default: 0].")
 @store_option
 @json_option
 def derive(
@@ -36,7 +36,7 @@ def derive(
     n_prototypes: int | None,
     splits: str | None,
     scale: str | None,
-    seed: int,
+    seed: int | None,
     store: Path,
     as_json: bool,
 ) -> None:
@@ -61,8 +61,8 @@ def derive(
     from cfstore.describe import describe_derive
     from cfstore.store import open_store
 
-    if n_prototypes is None and (splits or scale):
-        message = "--splits and --scale are of --prototypes N: name both, or neither"
+    if n_prototypes is None and (splits or scale or seed is not None):
+        message = "--splits, --scale and --seed are of --prototypes N: name it too"
         raise click.UsageError(message)
     wanted = [Derivation.parse(name) for name in dict.fromkeys(derivations)]
     opened, say = open_store(store), printer(as_json)
@@ -76,13 +76,20 @@ def derive(
     if n_prototypes is not None:
         with progress("fitting", "folds") as step:
             made = opened.fold_prototypes(
-                n_prototypes, splits, scale=int(scale or 20), seed=seed, cohort=cohort, encoder=encoder, progress=step
+                n_prototypes,
+                splits,
+                scale=int(scale or 20),
+                seed=seed or 0,
+                cohort=cohort,
+                encoder=encoder,
+                progress=step,
             )
         for row in made:
-            say(
-                f"prototypes fold {row['fold']}: {row['n']} centroids at {row['scale']}x of {row['n_slides']} training "
-                f"slides ({row['n_sampled']} patches), {row['file'] or 'not kept: the store cannot be written'}"
+            kept = (
+                f" ({row['n_sampled']} patches), {row['file']}" if row["file"] else ", not kept: cannot be written now"
             )
+            of = f"{row['n']} centroids at {row['scale']}x of {row['n_slides']} training slides"
+            say(f"prototypes fold {row['fold']}: {of}{kept}")
         content["prototypes"] = made
     if as_json:
         print_json(content)

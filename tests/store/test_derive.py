@@ -259,17 +259,6 @@ def test_another_version_of_an_algorithm_computes_everything_of_its_kind_anew(
 ) -> None:
     filled.derive([NEAR, MEAN])
     monkeypatch.setitem(derivation.VERSIONS, "nearest", 2)
-    version = "CASE WHEN starts_with(derivation, 'nearest') THEN 2 ELSE 1 END"
-    for module in ("derived_reader.VERSION_NOW", "derived_tables.VERSION_NOW"):
-        monkeypatch.setattr(f"cfstore.{module}", version)
-    fill = cfstore.derived_tables._FILL_DERIVED
-    monkeypatch.setattr(
-        cfstore.derived_tables,
-        "_FILL_DERIVED",
-        fill[: fill.index("AND version")]
-        + f"""
-        AND version = {version} QUALIFY row_number() OVER (PARTITION BY made.slide_id, derivation) = 1""",
-    )
     assert filled.underived([NEAR, MEAN], "uni", ["s1", "s2", "s3"]) == {NEAR: ["s1", "s2", "s3"]}
     assert filled.derive([NEAR, MEAN]).done == {NEAR.name: 3}
     assert filled.sql("SELECT DISTINCT version FROM derived WHERE k = 3")["version"].to_pylist() == [2]
