@@ -63,7 +63,7 @@ def training_cost(
     return StepCost(model_name, device_type, base - round(sum(per_patch.values()) * _FEW), per_patch)
 
 
-def largest_fits(cost: StepCost, slides: Mapping[str, Mapping[int, int]], free: int) -> str:
+def largest_fits(cost: StepCost, slides: Mapping[str, Mapping[int, int]], free: int, others: int = 0) -> str:
     """Find the slide that takes most memory, and make sure that it fits; returns its name.
 
     Parameters
@@ -74,6 +74,8 @@ def largest_fits(cost: StepCost, slides: Mapping[str, Mapping[int, int]], free: 
         Slide to patches of each scale; at least one slide.
     free
         Bytes free on the device that computes, before the model is there.
+    others
+        Bytes that are kept for learners which train together with it; named where it does not fit.
 
     Raises
     ------
@@ -85,9 +87,11 @@ def largest_fits(cost: StepCost, slides: Mapping[str, Mapping[int, int]], free: 
     if needed > free:
         sizes = ", ".join(f"{slides[largest].get(scale, 0):,} at {scale}x" for scale in sorted(cost.per_patch))
         where, larger = ("of GPU memory", "GPU") if cost.device_type == "cuda" else ("of RAM", "machine")
+        taken = f" beside {size_text(others)} for the folds, models and seeds that share its reading" if others else ""
+        apart = "--no-fuse trains them one after the other, or " if others else ""
         message = (
             f"{largest}: training {cost.model_name} on its patches ({sizes}) needs {size_text(needed)} {where}, "
-            f"{size_text(free)} are free; train fewer models or seeds at once, choose a narrower model "
+            f"{size_text(free)} are free{taken}; {apart}train fewer models or seeds at once, choose a narrower model "
             f"(`cftrain models {cost.model_name}` lists widths) or another model, or a larger {larger}"
         )
         raise ConfigError(message)

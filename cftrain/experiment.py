@@ -32,7 +32,7 @@ from cftrain.device import choose_device, free_gpu
 from cftrain.errors import ConfigError
 from cftrain.extras import derive_missing
 from cftrain.feed import cohort_bytes
-from cftrain.folds import inner_fold
+from cftrain.folds import FoldExamples, inner_fold
 from cftrain.footprint import blueprint
 from cftrain.learner import CHECKPOINT, bins_of, build_options
 from cftrain.memory import free_ram
@@ -143,7 +143,7 @@ def prepare(
     data = load_data(store, first.data, scales, first.order_seed, extras)
     nbytes = cohort_bytes(data, sorted(set().union(*(config.extras() for config in configs))))
     fused = fuse and first.data.order != "independent"
-    _check_inner(configs, data)
+    _check_folds(configs, data)
     jobs = min(jobs, _n_learners(configs, data))
     sharers = jobs * processes_here()
     plan = plan_cache(
@@ -154,8 +154,8 @@ def prepare(
     )
     gpu = free_gpu(chosen)
     free = free_ram() // sharers - plan.ram_bytes if gpu is None else gpu // jobs - plan.gpu_bytes
-    free = max(0, free - _beside_a_step(configs, data, n_parameters, nbytes, jobs, fused))
-    fitted = [_fitted(config, data, chosen, free) for config in configs]
+    others = _beside_a_step(configs, data, n_parameters, nbytes, jobs, fused)
+    fitted = [_fitted(config, data, chosen, max(0, free - others), others) for config in configs]
     resolved, step_bytes = tuple(config for config, _ in fitted), tuple(nbytes for _, nbytes in fitted)
     of_runs = tuple(tuple(scales[config.model.name]) for config in configs)
     return Prepared(resolved, data, chosen, plan, n_parameters, of_runs, nbytes, step_bytes, jobs, fused)
@@ -165,28 +165,33 @@ def _n_learners(configs: Sequence[RunConfig], data: RunData) -> int:
     return sum(len(_specs(run, config, data)) for run, config in enumerate(configs))
 
 
-def _check_inner(configs: Sequence[RunConfig], data: RunData) -> None:
-    """Refuse inner folds that no model can be trained on, before anything is.
+def _check_folds(configs: Sequence[RunConfig], data: RunData) -> None:
+    """Refuse folds, and inner folds, that no model can be trained on, before anything is.
 
     Raises
     ------
     ConfigError
         There are too few training patients or deaths.
     """
-    for config, fold in ((config, fold) for config in configs if config.has_inner for fold in data.folds):
-        inner = inner_fold(fold, config.train.nested, config.train.seed)
-        try:
-            bins_of(config, data, inner)
-        except ConfigError as error:
-            message = f"{inner.name}: {error}; or leave nested validation out (train.nested=0)"
-            raise ConfigError(message) from error
+    for config, fold in ((config, fold) for config in configs for fold in data.folds):
+        _check_bins(config, data, fold, "")
+        if config.has_inner:
+            inner = inner_fold(fold, config.train.nested, config.train.seed)
+            _check_bins(config, data, inner, "; or leave nested validation out (train.nested=0)")
+
+
+def _check_bins(config: RunConfig, data: RunData, fold: FoldExamples, remedy: str) -> None:
+    try:
+        bins_of(config, data, fold)
+    except ConfigError as error:
+        raise ConfigError(f"{fold.name}: {error}{remedy}") from error
 
 
 def _blueprint(config: RunConfig, feature_dim: int) -> SurvivalModel:
     return blueprint(config.model.name, build_options(config), feature_dim)
 
 
-def _fitted(config: RunConfig, data: RunData, device: torch.device, free: int) -> tuple[RunConfig, int]:
+def _fitted(config: RunConfig, data: RunData, device: torch.device, free: int, others: int) -> tuple[RunConfig, int]:
     """`train.batch_patches` as a number, if it is left to us, and the bytes of the largest step.
 
     Raises
@@ -197,7 +202,7 @@ def _fitted(config: RunConfig, data: RunData, device: torch.device, free: int) -
     options = tuple(sorted(build_options(config).items()))
     cost = _cost(config.model.name, options, data.cohort.dim, device.type)
     patches = {example.name: example.n_patches for example in data.examples}
-    largest = largest_fits(cost, patches, free)
+    largest = largest_fits(cost, patches, free, others)
     found = config.train.batch_patches or patch_budget(cost, patches, free)
     train = dataclasses.replace(config.train, batch_patches=found)
     return dataclasses.replace(config, train=train), cost.nbytes(patches[largest])
@@ -287,12 +292,13 @@ def train_runs(
         if ranks.first:
             for out in outs:
                 stack.enter_context(run_directory.held(out))
-            for config, out in zip(ready.configs, outs, strict=True):
-                _enter(out, config, ready, command, resume=resume)
-        if ranks.first:
+                if not resume:
+                    run_directory.check_new(out)
             extras = sorted({extra for config in configs for extra in config.extras() + config.fit_extras()})
             slide_ids = [slide.slide_id for slide in ready.data.cohort.slides]
             derive_missing(ready.data.store, ready.data.cohort.encoder, extras, slide_ids, watch.on_derive)
+            for config, out in zip(ready.configs, outs, strict=True):
+                _enter(out, config, ready, command, resume=resume)
         ranks.barrier()
         if ranks.first:
             watch.on_data(ready.data, ready.n_parameters)

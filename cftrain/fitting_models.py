@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import cfstore
 from cftrain.config import DataConfig, RunConfig, load_config
@@ -13,7 +14,9 @@ from cftrain.errors import ConfigError, MissingScaleError
 from cftrain.footprint import blueprint
 from cftrain.zoo import MODELS, model_options
 
-ALL = "all"
+ALL: Final = "all"
+MOST: Final = 0.9
+"""Of the slides: models that need coordinates run where so many have them, for all models train on the same slides."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,12 @@ def fitting_models(
 
 @dataclass(frozen=True)
 class _Ground:
-    """What there is for models: scales, and those with coordinates."""
+    """What there is for models: scales, and of each how many slides there are, and how many have coordinates."""
 
     encoder: str
     dim: int
     scales: Sequence[int]
-    located: Sequence[int]
+    located: Mapping[int, tuple[int, int]]
     of_tars: bool
 
 
@@ -79,11 +82,12 @@ def _ground(store: Path, config: DataConfig) -> _Ground:
     named, where = config.cohort or None, config.where or None
     encoder = opened.choose_encoder(named, config.encoder or None, where)
     scales = opened.encoders_of(named, where)[encoder]
-    cohort = opened.cohort(named, encoder=encoder, scales=scales, where=where)
     without = slides_without_coordinates(opened, encoder)
-    located = [
-        scale for scale in scales if any(slide.slide_id not in without.get(scale, ()) for slide in cohort.slides)
-    ]
+    located = {}
+    for scale in scales:
+        cohort = opened.cohort(named, encoder=encoder, scales=[scale], where=where)
+        n_located = sum(slide.slide_id not in without.get(scale, ()) for slide in cohort.slides)
+        located[scale] = (n_located, len(cohort.slides))
     return _Ground(encoder, cohort.dim, scales, located, bool(config.shards))
 
 
@@ -95,8 +99,10 @@ def _reason(config: RunConfig, ground: _Ground) -> str:
         return f"needs {_listed(scales)}, there is {_listed(ground.scales)}"
     extras = own.extras() + own.fit_extras()
     for extra in extras:
-        if not set(extra.from_coordinates) <= set(ground.located):
-            return f"needs {extra.label}, and no slide has coordinates"
+        for n_located, n_slides in (ground.located[scale] for scale in extra.from_coordinates):
+            if n_located < MOST * n_slides or not n_located:
+                few = f"only {n_located} of {n_slides} slides have" if n_located else "no slide has"
+                return f"needs {extra.label}, and {few} coordinates"
     try:
         blueprint(config.model.name, config.model.options, ground.dim)
     except ConfigError as error:

@@ -89,7 +89,7 @@ def resumed(
     Raises
     ------
     RunError
-        There is nothing to go on with.
+        There is nothing to go on with, or the command was stopped before it began all of its runs.
     """
     found = _begun_in(out) if out else _latest(runs)
     configs = tuple(load_config(file=run / "config.toml", flags=flags, settings=settings) for run in found)
@@ -101,6 +101,13 @@ def _begun_in(out: Path) -> list[Path]:
     found = [out] if begun(out) else sorted(path.parent for path in out.glob("*/config.toml"))
     if not found:
         message = f"{out}: no run to go on with (no config.toml); begin one with `cftrain run --out {out}`"
+        raise RunError(message)
+    missed = sorted(path.parent.name for path in out.glob("*/.lock") if not begun(path.parent))
+    if missed:
+        message = (
+            f"{out}: stopped before all of its runs were begun; {', '.join(missed)} would be missing. Remove {out} and "
+            f"begin anew, or only those folders to go on without them"
+        )
         raise RunError(message)
     return found
 

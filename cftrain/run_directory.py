@@ -15,6 +15,13 @@ from cftrain.errors import RunError
 _SAME_DATA = ("data_digest", "splits_digest")
 
 
+def check_new(out: Path) -> None:
+    """RunError where a directory holds files already."""
+    if out.exists() and (not out.is_dir() or any(path.name != ".lock" for path in out.iterdir())):
+        message = f"{out}: holds files already; go on with --resume, or name another run directory with --out"
+        raise RunError(message)
+
+
 def begin(out: Path, config: RunConfig, provenance: Mapping[str, Any]) -> None:
     """Write what a run is made with into a new directory.
 
@@ -23,9 +30,7 @@ def begin(out: Path, config: RunConfig, provenance: Mapping[str, Any]) -> None:
     RunError
         It holds files already, or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(path.name != ".lock" for path in out.iterdir())):
-        message = f"{out}: holds files already; go on with --resume, or name another run directory with --out"
-        raise RunError(message)
+    check_new(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write(out / "provenance.json", json.dumps(provenance, indent=2) + "\n")

@@ -30,7 +30,7 @@ def last_epoch_rule(train: TrainConfig) -> str:
     """How the honest number was chosen, in words."""
     if train.patience:
         return f"last epoch, {train.patience} after the best on the reported fold at the latest (no fixed schedule)"
-    return f"last epoch of a schedule fixed beforehand ({train.epochs} epochs)"
+    return f"last epoch of a schedule fixed beforehand ({train.epochs} epoch{'s' * (train.epochs > 1)})"
 
 
 def _log_rank(results: Sequence[FoldResult]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Progress:
         self._lines: dict[tuple[int, int], str] = {}
         self._inner_lines: dict[tuple[int, int], str] = {}
         self._beats: dict[tuple[str, ...], Any] = {}
+        self._places: dict[str, float] = {}  # passes behind each learner: those of a group part and meet again
         self._n_learners = 0
         self._started = self._said = time.monotonic()
         self._first_share = math.nan
@@ -101,6 +102,7 @@ class Progress:
     def beat(self, beat: Any) -> None:
         """A group of folds has come further."""
         self._beats[beat.learners] = beat
+        self._places.update(dict.fromkeys(beat.learners, beat.number + beat.share))
         if self._live:
             self._draw()
         elif time.monotonic() - self._said > _SILENCE_SECONDS:
@@ -150,8 +152,7 @@ class Progress:
     def _total(self) -> str:
         """How far all learners are, how fast, and how long it will take."""
         passes = max(self._epochs) + 1
-        share = sum(len(beat.learners) * (beat.number + beat.share) / passes for beat in self._beats.values())
-        share /= max(self._n_learners, 1)
+        share = min(1.0, sum(self._places.values()) / passes / max(self._n_learners, 1))
         if math.isnan(self._first_share):
             self._first_share = share
         elapsed, gone = time.monotonic() - self._started, share - self._first_share

@@ -68,7 +68,8 @@ class MeanCox(SurvivalModel):
         """Log-odds of the hazards: [B, K]; with K = 1 the log hazard."""
         bags = torch.split(self.rows(batch, self.scales[0]), list(batch.lengths[self.scales[0]]))
         means_BD = torch.stack([bag.mean(dim=0) for bag in bags])
-        log_hazard_B1 = ((means_BD - self.centre) @ self.weight)[:, None]
+        # not a matrix product, which autocast would round to bfloat16: close risks would tie
+        log_hazard_B1 = ((means_BD - self.centre) * self.weight).sum(dim=1, keepdim=True)
         if len(self.log_baseline) == 1:
             return log_hazard_B1
         y_BK = (self.log_baseline + log_hazard_B1).exp()

@@ -56,6 +56,11 @@ def test_a_slide_that_does_not_fit_is_refused_with_what_to_do():
     assert "larger GPU" in said
 
 
+def test_memory_kept_for_learners_that_share_a_reading_is_named_with_the_way_out():
+    with pytest.raises(ConfigError, match=r"0 bytes are free beside 9\.0 GB for the folds, .*; --no-fuse trains them"):
+        largest_fits(COST, SLIDES, free=0, others=9_000_000_000)
+
+
 def test_scales_that_the_model_does_not_read_cost_nothing():
     abmil = StepCost("abmil", "cpu", fixed=0, per_patch={20: 1.0})
     assert largest_fits(abmil, SLIDES, free=950) == "a"

@@ -265,7 +265,8 @@ def test_memory_beside_a_step_is_that_of_each_learner_by_its_own_size(demo_store
     """A wide model beside a narrow one: two folds of each, all in one group; a learner is 16 bytes a parameter."""
     told = {}
     monkeypatch.setattr(
-        "cftrain.experiment._fitted", lambda config, data, device, free: told.setdefault("free", free) and (config, 0)
+        "cftrain.experiment._fitted",
+        lambda config, data, device, free, others: told.setdefault("free", free) and (config, 0),
     )
     monkeypatch.setattr("cftrain.experiment.free_ram", lambda: 10**12)
     wide = ["data.cohort=DEMO", "data.cache=off", "model.name=abmil", "model.hidden_dim=64"]

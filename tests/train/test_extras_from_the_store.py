@@ -8,12 +8,13 @@ import torch
 from click.testing import CliRunner
 
 import cfstore
+from cfstore.errors import StoreWriteError
 from cfstore.synth import synthesize
 from cftrain.cache import plan_cache
 from cftrain.cli import main
 from cftrain.config import DataConfig, load_config
 from cftrain.data import load_data
-from cftrain.errors import MissingExtraError
+from cftrain.errors import MissingExtraError, RunError
 from cftrain.experiment import Watcher, cross_validate
 from cftrain.extras import ExtraReader, derive_missing, extra_bytes
 from cftrain.feed import Feed
@@ -151,6 +152,38 @@ def test_all_models_are_those_that_the_features_allow(without_coordinates, store
     bare = fitting(without_coordinates)
     assert {"abmil", "mean-cox"} <= set(bare.models)
     assert bare.left_out["crossfusion"] == "needs 5x, 10x, 20x, there is 20x"
+
+
+def test_a_few_slides_with_coordinates_do_not_shrink_the_cohort_of_all_models(
+    without_coordinates, store, tmp_path, monkeypatch
+):
+    n_slides = len(store.cohort("DEMO", scales=[20]).slides)
+    ids = [slide.slide_id for slide in store.cohort("DEMO", scales=[20]).slides]
+
+    def fitting(bare):
+        monkeypatch.setattr("cftrain.fitting_models.slides_without_coordinates", lambda *_: {20: set(ids[:bare])})
+        return fitting_models(store.path, preset=None, file=None, flags={}, settings=[])
+
+    few = fitting(n_slides - 1)
+    said = f"and only 1 of {n_slides} slides have coordinates"
+    assert few.left_out["patch-gcn"].endswith(said)
+    assert "abmil" in few.models
+    assert "patch-gcn" in fitting(n_slides // 10).models
+
+
+def test_a_run_that_cannot_derive_what_it_needs_has_not_begun(store, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise StoreWriteError("read-only")
+
+    monkeypatch.setattr("cftrain.experiment.derive_missing", refuse)
+    config = load_config(flags={"data.cohort": "DEMO", "model.name": "mean-cox"})
+    for _ in range(2):  # the same command may be given again
+        with pytest.raises(StoreWriteError):
+            cross_validate(config, store.path, tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    with pytest.raises(RunError, match="holds files already"):
+        cross_validate(config, store.path, tmp_path / "mine")
 
 
 def test_a_run_of_the_floor_derives_means_and_has_one_epoch(store, tmp_path):

@@ -333,10 +333,14 @@ def relabelled(store, folder, label):
     return changed
 
 
-def test_too_few_deaths_for_the_bins_of_an_inner_model_are_said_before_anything_is_written(store, tmp_path):
-    two = {row["patient_id"] for row in store.sql("SELECT patient_id FROM patients ORDER BY 1 LIMIT 2").to_pylist()}
-    changed = relabelled(store, tmp_path, lambda row: (row["time_months"], int(row["patient_id"] in two)))
-    with pytest.raises(ConfigError, match=r"fold \d inner: .*train\.nested=0"):
+@pytest.mark.parametrize(
+    ("n_deaths", "message"), [(4, r"fold \d inner: .*train\.nested=0"), (2, r"fold \d: 4 bins of 1 events")]
+)
+def test_too_few_deaths_for_the_bins_are_said_before_anything_is_written(n_deaths, message, store, tmp_path):
+    query = f"SELECT patient_id FROM patients ORDER BY 1 LIMIT {n_deaths}"
+    few = {row["patient_id"] for row in store.sql(query).to_pylist()}
+    changed = relabelled(store, tmp_path, lambda row: (row["time_months"], int(row["patient_id"] in few)))
+    with pytest.raises(ConfigError, match=message):
         cross_validate(nested(), changed.path, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 

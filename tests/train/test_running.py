@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from cfstore.runs import read_runs
+from cftrain import run_directory
 from cftrain.cli import main
 from cftrain.cli.progress import Progress
 from cftrain.config import load_config
@@ -136,6 +138,25 @@ def test_nothing_to_go_on_with_is_said(tmp_path):
         resumed(None, tmp_path, None, {}, ())
 
 
+def test_runs_of_which_some_were_never_begun_are_not_gone_on_with_in_silence(demo_store, tmp_path, monkeypatch):
+    begin, begun = run_directory.begin, []
+
+    def stopped_at_the_second(out, config, provenance):
+        if begun:
+            raise KeyboardInterrupt
+        begun.append(out.name)
+        begin(out, config, provenance)
+
+    monkeypatch.setattr(run_directory, "begin", stopped_at_the_second)
+    assert run(demo_store, "--seeds", "2", "--out", tmp_path / "both").exit_code != 0
+    assert begun == ["seed_7"]
+    for out, runs in ((tmp_path / "both", tmp_path), (None, tmp_path)):
+        with pytest.raises(RunError, match="both: stopped before all of its runs were begun; seed_8 would be missing"):
+            resumed(out, runs, None, {}, ())
+    shutil.rmtree(tmp_path / "both" / "seed_8")
+    assert resumed(tmp_path / "both", tmp_path, None, {}, ()).outs == (tmp_path / "both" / "seed_7",)
+
+
 def test_a_terminal_shows_every_fold_and_how_long_it_takes_and_a_pipe_shows_plain_lines(capsys):
     epoch = SimpleNamespace(epoch=1, train_loss=1.25, val_loss=1.5, c_index_patient=0.7, skipped=())
     work = SimpleNamespace(n_slides=50, wait_seconds=1.0, compute_seconds=9.0)
@@ -156,6 +177,16 @@ def test_a_terminal_shows_every_fold_and_how_long_it_takes_and_a_pipe_shows_plai
         assert ("#" in shown) == live
         assert ("10 % waiting for data" in shown) == live
         assert ("[#######.................]  30 %" in shown) == live
+
+
+def test_learners_that_part_and_meet_again_are_counted_once(capsys):
+    work = SimpleNamespace(n_slides=50, wait_seconds=1.0, compute_seconds=9.0)
+    told = Progress((), [4], live=True)
+    cohort = SimpleNamespace(name="C", encoder="e", dim=8, scales=(20,), slides=[], n_patients=0)
+    told.data(SimpleNamespace(cohort=cohort, splits=SimpleNamespace(name="s"), folds=[1, 2], excluded={}), [1234])
+    for learners, number in ((("a",), 2), (("a", "b"), 3), (("a", "b"), 4)):
+        told.beat(SimpleNamespace(learners=learners, number=number, share=1.0, work=work))
+    assert capsys.readouterr().err.splitlines()[-1].startswith("[########################] 100 %")
 
 
 def test_tensorboard_without_its_package_says_what_to_install(demo_store, tmp_path):
