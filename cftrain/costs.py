@@ -30,6 +30,7 @@ from cftrain.footprint import blueprint, count_passes
 from cftrain.memory import free_ram
 from cftrain.models import BagBatch, SurvivalModel, build
 from cftrain.survival.losses import nll_survival
+from cftrain.zoo import model_info
 
 SLIDES: Final[Mapping[str, Mapping[int, int]]] = {
     "average": {5: 895, 10: 3449, 20: 13496},
@@ -82,7 +83,9 @@ def counted(
     *,
     device_type: str,
 ) -> tuple[PassRow, PassRow]:
-    """Prediction and training of one slide, counted; a size that a model refuses is the rows' `problem`.
+    """Prediction and training of one slide, counted.
+
+    A size that a model refuses is the rows' `problem`, and so is a training that takes no steps.
 
     Parameters
     ----------
@@ -105,10 +108,10 @@ def counted(
         )
     except TrainError as error:
         return replace(rows[0], problem=str(error)), replace(rows[1], problem=str(error))
-    return (
-        replace(rows[0], flops=prediction.flops, nbytes=prediction.footprint.total),
-        replace(rows[1], flops=training.flops, nbytes=training.footprint.total),
-    )
+    predicting = replace(rows[0], flops=prediction.flops, nbytes=prediction.footprint.total)
+    if not model_info(model_name).by_gradient:
+        return predicting, replace(rows[1], problem="no training steps: fitted in closed form")
+    return predicting, replace(rows[1], flops=training.flops, nbytes=training.footprint.total)
 
 
 def measured(

@@ -217,6 +217,15 @@ def test_a_size_that_a_model_refuses_is_a_row_that_says_so():
         counted("amil", {}, 8, "small", SMALL, device_type="cpu")
 
 
+def test_a_model_fitted_in_closed_form_has_no_training_steps_to_measure():
+    patches = {20: 64}
+    predicting, training = counted("mean-cox", {}, 8, "small", patches, device_type="cpu")
+    assert training.problem == "no training steps: fitted in closed form"
+    assert (training.flops, training.nbytes) == (None, None)
+    assert measured(training, {}, 8, device=torch.device("cpu"), repeats=1) == training
+    assert measured(predicting, {}, 8, device=torch.device("cpu"), repeats=1).median_seconds > 0
+
+
 def test_what_needs_more_memory_than_is_free_is_not_tried(monkeypatch):
     monkeypatch.setattr(cftrain.costs, "free_ram", lambda: 10**8)
     _, row = counted("crossfusion", {}, 1024, "average", SLIDES["average"], device_type="cpu")
