@@ -35,7 +35,7 @@ lint: $(VENV)/.ready
 
 # one thread per worker: torch would otherwise start a full set of threads in each
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not ray"
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

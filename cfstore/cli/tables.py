@@ -1,0 +1,90 @@
+"""`cfstore clinical` and `cfstore splits`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cfstore.cli.terminal import echo_rows, json_option, print_json, printer, store_option
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--cohort", metavar="NAME", help="Cohort of its patients, where the table does not say.")
+@store_option
+@json_option
+def clinical(file: Path, cohort: str | None, store: Path, as_json: bool) -> None:
+    """Import a clinical table: who, how long followed, died or not, and every other column.
+
+    Recognised by their columns: MCAT/PORPOISE/CrossFusion, SurvPath, MMP, TCGA-CDR, cBioPortal,
+    GDC (old and new), and plain patient_id, time_months, event.
+
+    \b
+    Example:
+        cfstore clinical tcga_blca_all_clean.csv.zip --cohort BLCA
+    """
+    from cfstore.store import open_store
+
+    opened = open_store(store, create=True)
+    table = opened.import_clinical(file, cohort)
+    events = sum(bool(event) for event in table.patients["event"].to_pylist())
+    say = printer(as_json)
+    cohorts = sorted(set(table.patients["cohort"].to_pylist()))
+    say(f"{file} ({table.format}): {len(table.patients)} patients, {events} events, cohort {', '.join(cohorts)}")
+    for note in table.notes:
+        say(f"  {note}")
+    if as_json:
+        print_json(
+            {
+                "format": table.format,
+                "cohorts": cohorts,
+                "n_patients": len(table.patients),
+                "n_events": events,
+                "notes": table.notes,
+            }
+        )
+
+
+@click.command()
+@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--make", "n_folds", type=click.IntRange(min=2), help="Make this many folds instead, stratified by event."
+)
+@click.option("--cohort", metavar="NAME", help="The cohort [default: the only one].")
+@click.option("--name", help="Name of the split set [default: the folder's name].")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of --make.")
+@store_option
+@json_option
+def splits(
+    folder: Path | None,
+    n_folds: int | None,
+    cohort: str | None,
+    name: str | None,
+    seed: int,
+    store: Path,
+    as_json: bool,
+) -> None:
+    """Import folds of patients from splits_<k>.csv files, or make them.
+
+    \b
+    Example:
+        cfstore splits splits/tcga_blca --cohort BLCA
+        cfstore splits --make 5
+    """
+    from cfstore.store import open_store
+
+    if (folder is None) == (n_folds is None):
+        message = "give a folder of splits_<k>.csv, or --make K"
+        raise click.UsageError(message)
+    opened = open_store(store)
+    if folder is not None:
+        made = opened.import_splits(folder, cohort, name)
+    else:
+        made = opened.make_splits(n_folds or 0, cohort, seed=seed, name=name)
+    rows = [{"fold": k, "train": len(fold.train), "val": len(fold.val)} for k, fold in made.folds.items()]
+    if as_json:
+        print_json({"name": made.name, "folds": rows})
+    else:
+        click.echo(f"splits {made.name}: {len(rows)} folds of patients")
+        echo_rows(rows)
