@@ -18,6 +18,7 @@ from cfstore.errors import (
     DerivationError,
     DuplicateBagError,
     EmptyBagError,
+    EngineError,
     LayoutError,
     LeakageError,
     MissingDatasetError,
@@ -36,6 +37,7 @@ from cfstore.errors import (
     StoreNotFoundError,
     UnreadableFileError,
 )
+from cfstore.ray_connection import check_code, code_version, ray_cluster
 from cfstore.reader import SlideReader
 from cfstore.splits import Fold, SplitSet, make_folds
 from cfstore.store import IngestOptions, Store, plan_ingest
@@ -56,6 +58,7 @@ __all__ = [
     "DerivedReader",
     "DuplicateBagError",
     "EmptyBagError",
+    "EngineError",
     "Fold",
     "IngestOptions",
     "LayoutError",
@@ -80,10 +83,13 @@ __all__ = [
     "StoreNotFoundError",
     "UnreadableFileError",
     "align",
+    "check_code",
     "children_of",
+    "code_version",
     "make_folds",
     "open",
     "open_tars",
     "patch_edge",
     "plan_ingest",
+    "ray_cluster",
 ]

@@ -9,6 +9,7 @@
     ├── SlideNotFoundError        no such slide, scale, encoder or cohort (also KeyError)
     ├── NotDerivedError           what was asked for has not been derived yet
     ├── DerivationError           no such derivation, or it cannot be made of these slides (also ValueError)
+    ├── EngineError               Ray is missing, out of reach, or a node is not fit for the work
     ├── QueryError                SQL that is refused or fails (also ValueError)
     └── SourceError               an input file or folder is not usable (also ValueError)
         ├── LayoutError           the folder matches no known layout, or several
@@ -67,6 +68,10 @@ class NotDerivedError(StoreError):
 
 class DerivationError(StoreError, ValueError):
     """There is no such derivation, or it cannot be made of these slides."""
+
+
+class EngineError(StoreError):
+    """What should do the work side by side cannot: Ray is missing or out of reach, or a node is not fit for it."""
 
 
 class QueryError(StoreError, ValueError):

@@ -16,7 +16,8 @@ PACKAGES = {"cfstore": ROOT / "cfstore", "cftrain": ROOT / "cftrain", "cfkernels
 FLOORS = {
     "cfstore": [
         {"errors", "types", "render"},
-        {"names", "schema", "digests", "halves", "ring", "codecs", "processes", "alignment", "derivation", "clusters"},
+        {"names", "schema", "digests", "halves", "ring", "codecs", "processes", "alignment", "derivation", "clusters",
+         "ray_connection"},
         {"convert", "neighbours"},
         {"parsers.sources", "parsers.row_runs", "parsers.chunk_tree", "shards.records", "shards.files"},
         {"parsers.hdf5", "parsers.torch_file", "shards.packed", "shards.members"},
