@@ -15,9 +15,9 @@ from cfstore.catalog import connect
 from cfstore.derivation import Derivation
 from cfstore.derive_job import DeriveTask, write_derived
 from cfstore.derived_reader import Places, find_derived
+from cfstore.engines import EngineName, open_engine
 from cfstore.errors import SlideNotFoundError
 from cfstore.ingest import prepare
-from cfstore.processes import side_by_side
 from cfstore.render import some
 from cfstore.selection import shard_order
 
@@ -25,6 +25,9 @@ SLIDES_PER_FILE: Final = 64
 _MAX_PROCESSES: Final = 16
 _FILES_PER_PROCESS: Final = 3
 _WORK_PER_PROCESS: Final = 1 << 29  # multiplications; less is done sooner than a process starts
+TASK_MEMORY: Final = 1 << 30
+SIMILAR_MEMORY: Final = 4 << 30
+"""Bytes that a Ray task reserves; more where it compares all features of a slide: see docs/cluster.md."""
 _WORK_PER_FILE: Final = 1 << 44  # some minutes: more is not put at stake before it is on disk
 
 
@@ -42,6 +45,8 @@ class DeriveReport:
         Slides that something cannot be derived of, by reason.
     n_slides, n_processes, seconds
         Slides asked for; processes that worked; time taken.
+    n_recovered
+        Of the arrays done, those written by a worker that died before it could say so.
     """
 
     n_done: int
@@ -52,6 +57,7 @@ class DeriveReport:
     n_slides: int
     n_processes: int
     seconds: float
+    n_recovered: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,12 @@ def default_derivations(root: Path, encoder: str, slide_ids: Sequence[str]) -> l
     ]
 
 
-def choose_jobs(work: int, jobs: int | None, n_slides: int) -> int:
-    """Processes to use: as asked for, else one per core as far as there is work for them."""
+def choose_jobs(work: int, jobs: int | None, n_slides: int, n_slots: int | None = None) -> int:
+    """Tasks at once: as asked for, else as many as the engine has slots (or a process per core), if there is work."""
     if jobs is not None:
         return jobs
-    return max(1, min(os.cpu_count() or 1, _MAX_PROCESSES, n_slides, work // _WORK_PER_PROCESS))
+    n_slots = n_slots or min(os.cpu_count() or 1, _MAX_PROCESSES)
+    return max(1, min(n_slots, n_slides, work // _WORK_PER_PROCESS))
 
 
 def run_derive(
@@ -137,6 +144,8 @@ def run_derive(
     slide_ids: Sequence[str],
     *,
     jobs: int | None = None,
+    engine: EngineName = "local",
+    address: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DeriveReport:
     """Compute what is missing of `derivations` for these slides, and register it.
@@ -149,32 +158,21 @@ def run_derive(
         A bag cannot be read; what was computed before stays.
     StoreWriteError
         The store cannot be written; what was computed before stays.
+    EngineError
+        Ray cannot be had, a node of it is not fit for the work, or its workers died too often; what was computed
+        before stays.
     """
     started = time.monotonic()
+    root = root if engine == "local" else root.absolute()  # other machines have other working directories
     wanted, slide_ids = sorted(set(derivations)), list(dict.fromkeys(slide_ids))
     bags = _read_bags(root, encoder, slide_ids)
     held = find_derived(root, wanted, encoder, slide_ids)
     if not _all_there(root, held, slide_ids):  # else a store that cannot be written will do
         prepare(root)
         bags, held = _read_bags(root, encoder, slide_ids), find_derived(root, wanted, encoder, slide_ids)
-    excluded: dict[str, set[str]] = defaultdict(set)
-    todo: dict[str, list[Derivation]] = defaultdict(list)
-    for derivation in wanted:
-        for slide_id in (slide_id for slide_id in slide_ids if slide_id not in held[derivation]):
-            reason = _why_not(derivation, bags[slide_id])
-            if reason:
-                excluded[reason].add(slide_id)
-            else:
-                todo[slide_id].append(derivation)
+    todo, excluded = _missing(wanted, bags, held)
     work = {slide_id: sum(_work(each, bags[slide_id]) for each in own) for slide_id, own in todo.items()}
-    n_jobs = choose_jobs(sum(work.values()), jobs, len(todo))
-    if jobs is None and any(each.kind == "similar" for each in wanted):
-        n_jobs = 1  # its matrix products have a thread per core
     order = [slide_id for shard in shard_order(root, encoder, list(todo)) for slide_id in shard] if todo else []
-    tasks = [
-        DeriveTask(root, encoder, {slide_id: tuple(todo[slide_id]) for slide_id in part})
-        for part in _parts(order, work, n_jobs)
-    ]
     n_steps = 0
 
     def step() -> None:
@@ -184,10 +182,29 @@ def run_derive(
             progress(n_steps, len(order))
 
     done: Counter[str] = Counter()
-    for result in side_by_side(write_derived, tasks, n_jobs, step):
-        done.update({derivation.name: count for derivation, count in result.done.items() if count})
-        for reason, slide_id in result.excluded:
-            excluded[reason].add(slide_id)
+    n_recovered = 0
+    similar = any(each.kind == "similar" for each in wanted)
+    if not todo:
+        engine, address = "local", None
+    with open_engine(
+        engine,
+        address,
+        root=root,
+        memory=SIMILAR_MEMORY if similar else TASK_MEMORY,
+        need="cfstore derive --engine ray",
+    ) as run:
+        n_jobs = choose_jobs(sum(work.values()), jobs, len(todo), run.n_slots)
+        if jobs is None and similar and run.n_slots is None:
+            n_jobs = 1  # its matrix products have a thread per core
+        tasks = [
+            DeriveTask(root, encoder, {slide_id: tuple(todo[slide_id]) for slide_id in part})
+            for part in _parts(order, work, n_jobs)
+        ]
+        for result in run(write_derived, tasks, n_jobs, step):
+            done.update({derivation.name: count for derivation, count in result.done.items() if count})
+            n_recovered += result.n_recovered
+            for reason, slide_id in result.excluded:
+                excluded[reason].add(slide_id)
     there = {derivation.name: len(own) for derivation, own in held.items() if own}
     return DeriveReport(
         n_done=done.total(),
@@ -198,7 +215,24 @@ def run_derive(
         n_slides=len(slide_ids),
         n_processes=min(n_jobs, max(1, len(tasks))),
         seconds=time.monotonic() - started,
+        n_recovered=n_recovered,
     )
+
+
+def _missing(
+    wanted: Iterable[Derivation], bags: _Bags, held: Places
+) -> tuple[dict[str, list[Derivation]], dict[str, set[str]]]:
+    """What to compute by slide, and the slides of which something cannot be, by reason."""
+    excluded: dict[str, set[str]] = defaultdict(set)
+    todo: dict[str, list[Derivation]] = defaultdict(list)
+    for derivation in wanted:
+        for slide_id in (slide_id for slide_id in bags if slide_id not in held[derivation]):
+            reason = _why_not(derivation, bags[slide_id])
+            if reason:
+                excluded[reason].add(slide_id)
+            else:
+                todo[slide_id].append(derivation)
+    return todo, excluded
 
 
 def _all_there(root: Path, held: Places, slide_ids: Sequence[str]) -> bool:

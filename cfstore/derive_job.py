@@ -1,16 +1,17 @@
 """Derived arrays of a few slides: computed, written aside, renamed, registered.
 
-Runs in the process that was asked or in one of several. Kill it anywhere: what was being written is swept away by
-the next command that writes, and a file that was renamed but not registered is registered.
+Runs in the process that was asked, in one of several, or on another machine. Kill it anywhere: what was being
+written is swept away by the next command that writes, and a file that was renamed but not registered is registered. Run
+it again for the same task: it knows by their name the files that it had published already.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,14 +21,22 @@ from numpy.typing import NDArray
 from cfstore import catalog
 from cfstore.alignment import align, patch_edge
 from cfstore.derivation import Derivation
-from cfstore.derived_files import CHANGED, SUFFIX, DerivedWriter, folder_of, temporary_name
+from cfstore.derived_files import (
+    CHANGED,
+    SUFFIX,
+    DerivedEntry,
+    DerivedFile,
+    DerivedWriter,
+    folder_of,
+    read_file,
+)
 from cfstore.derived_tables import SOURCE
 from cfstore.errors import ShapeError
 from cfstore.halves import widened
 from cfstore.locks import discard, disk_errors, hold, write_lock
 from cfstore.neighbours import nearest_patches, similar_patches
 from cfstore.reader import SlideReader
-from cfstore.shards import sync
+from cfstore.shards import TEMPORARY_PREFIX, sync
 from cfstore.types import Bag
 
 BLOCK_BYTES: Final = 16 << 20
@@ -37,19 +46,24 @@ _FEW: Final = 16  # patches; of fewer the spacing says little about their edge
 
 @dataclass(frozen=True)
 class DeriveTask:
-    """Of which slides of an encoder what is to be derived."""
+    """Of which slides of an encoder what is to be derived; `name` is that of the files."""
 
     root: Path
     encoder: str
     slides: Mapping[str, tuple[Derivation, ...]]
+    name: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
 
 
 @dataclass(frozen=True)
 class DeriveDone:
-    """How many slides got each derivation, and which slides could not: (reason, slide)."""
+    """How many slides got each derivation, and which slides could not: (reason, slide).
+
+    `n_recovered` arrays had been published by an earlier attempt, whose process died before it could say so.
+    """
 
     done: Mapping[Derivation, int]
     excluded: tuple[tuple[str, str], ...]
+    n_recovered: int = 0
 
 
 class CannotDeriveError(Exception):
@@ -190,8 +204,11 @@ def sources_of(root: Path, encoder: str, derivation: Derivation, slide_ids: Iter
 
 @contextmanager
 def new_file(path: Path, root: Path) -> Iterator[Path]:
-    """A temporary file that will be `path`, locked against `sweep` and removed at the end if it is still there."""
-    temporary = temporary_name(path)
+    """A temporary file that will be `path`, locked against `sweep` and removed at the end if it is still there.
+
+    No two processes share one, even where they work on the same file.
+    """
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:16]}{path.suffix}")
     with disk_errors(root):
         held = ExitStack()
         try:
@@ -227,13 +244,16 @@ def write_derived(task: DeriveTask, tell: Callable[[], None]) -> DeriveDone:
         The store cannot be written.
     """
     derivations = sorted({derivation for wanted in task.slides.values() for derivation in wanted})
+    published = {each: entries for each in derivations if (entries := _published(task, each)) is not None}
+    if published:
+        return _recover(task, published, tell)
     before = {derivation: sources_of(task.root, task.encoder, derivation, task.slides) for derivation in derivations}
     arrays = SlideArrays.of(task.root, task.encoder, task.slides)
     excluded: list[tuple[str, str]] = []
     with ExitStack() as stack:
         files: dict[Derivation, tuple[DerivedWriter, Path]] = {}
         for derivation in derivations:
-            path = folder_of(task.root, task.encoder, derivation.name) / f"{uuid.uuid4().hex[:16]}{SUFFIX}"
+            path = _path(task, derivation)
             writer = DerivedWriter(stack.enter_context(new_file(path, task.root)), task.encoder, derivation)
             stack.callback(writer.close)
             files[derivation] = writer, path
@@ -248,18 +268,59 @@ def write_derived(task: DeriveTask, tell: Callable[[], None]) -> DeriveDone:
             arrays.forget(slide_id)
             tell()
         changed = _publish(task, list(files.values()))
+    if changed is None:
+        return write_derived(task, lambda: None)
     excluded += [(CHANGED, slide_id) for slides in changed.values() for slide_id in slides]
     done = {derivation: files[derivation][0].n_entries - len(changed.get(derivation, [])) for derivation in derivations}
     return DeriveDone(done, tuple(excluded))
 
 
-def _publish(task: DeriveTask, files: list[tuple[DerivedWriter, Path]]) -> dict[Derivation, list[str]]:
-    """Gives the slides whose bags became others meanwhile."""
+def _path(task: DeriveTask, derivation: Derivation) -> Path:
+    return folder_of(task.root, task.encoder, derivation.name) / f"{task.name}{SUFFIX}"
+
+
+def _published(task: DeriveTask, derivation: Derivation) -> tuple[DerivedEntry, ...] | None:
+    """What an earlier attempt at this very task has published of a derivation."""
+    path = _path(task, derivation)
+    if not path.exists():
+        return None
+    held = read_file(task.root, path.relative_to(task.root).as_posix())
+    return held.entries if isinstance(held, DerivedFile) else None
+
+
+def _recover(
+    task: DeriveTask, published: Mapping[Derivation, tuple[DerivedEntry, ...]], tell: Callable[[], None]
+) -> DeriveDone:
+    """Answer for an earlier attempt, and compute what it had left out: to find out again why."""
+    with write_lock(task.root):
+        catalog.reconcile(task.root)
+    held = {derivation: {entry.slide_id for entry in entries} for derivation, entries in published.items()}
+    wanted = {
+        slide_id: tuple(each for each in own if slide_id not in held.get(each, ()))
+        for slide_id, own in task.slides.items()
+    }
+    left = {slide_id: own for slide_id, own in wanted.items() if own}
+    for _ in range(len(task.slides) - len(left)):
+        tell()
+    name = f"{(int(task.name, 16) + 1) % (1 << 64):016x}"
+    rest = write_derived(replace(task, slides=left, name=name), tell) if left else DeriveDone({}, ())
+    done = Counter(rest.done)
+    for derivation, entries in published.items():
+        done[derivation] += sum(entry.source != CHANGED for entry in entries)
+    changed = [(CHANGED, entry.slide_id) for own in published.values() for entry in own if entry.source == CHANGED]
+    n_recovered = sum(len(entries) for entries in published.values()) - len(changed)
+    return DeriveDone(done, (*rest.excluded, *changed), n_recovered + rest.n_recovered)
+
+
+def _publish(task: DeriveTask, files: list[tuple[DerivedWriter, Path]]) -> dict[Derivation, list[str]] | None:
+    """Gives the slides whose bags became others meanwhile; None where an attempt given up for dead was faster."""
     filled = [(writer, path) for writer, path in files if writer.n_entries]
     changed: dict[Derivation, list[str]] = {}
     if not filled:
         return changed
     with write_lock(task.root):
+        if any(path.exists() for _, path in filled):
+            return None
         for writer, path in filled:
             now = sources_of(task.root, task.encoder, writer.derivation, task.slides)
             changed[writer.derivation] = writer.finish(now)

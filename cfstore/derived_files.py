@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from cfstore.derivation import Derivation
 from cfstore.errors import DerivationError, StoreFormatError
 from cfstore.schema import DERIVED_DIR
-from cfstore.shards.files import BLANK_DIGEST, TEMPORARY_PREFIX, is_signed, sign
+from cfstore.shards.files import BLANK_DIGEST, is_signed, sign
 
 SUFFIX: Final = ".parquet"
 _ABOUT: Final = "cfstore.derived"
@@ -271,8 +271,3 @@ def read_centroids(path: Path, digest: str) -> NDArray[np.float32]:
     if digest_of(centroids) != digest:
         raise damaged(path, "its centroids are not what was written")
     return centroids
-
-
-def temporary_name(path: Path) -> Path:
-    """Where `path` is written before it is renamed."""
-    return path.with_name(TEMPORARY_PREFIX + path.name)

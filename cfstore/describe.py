@@ -64,6 +64,8 @@ def describe_report(report: IngestReport) -> Iterator[str]:
         f"{human_bytes(report.source_bytes)} -> {human_bytes(report.stored_bytes)}{ratio}, "
         f"{report.seconds:.1f} s, {human_bytes(speed)}/s"
     )
+    if report.n_recovered:
+        yield f"note       {report.n_recovered} of these slides were written by workers that died before they answered"
     if report.n_without_coords:
         yield f"note       {report.n_without_coords} of {report.n_bags} bags have no coordinates in their files"
     if report.problems:
@@ -113,6 +115,8 @@ def describe_derive(report: DeriveReport) -> Iterator[str]:
         return
     processes = f" in {report.n_processes} processes" if report.n_processes > 1 else ""
     yield f"done       {report.n_done} arrays of {report.n_slides} slides, {report.seconds:.1f} s{processes}"
+    if report.n_recovered:
+        yield f"note       {report.n_recovered} of these arrays were written by workers that died before they answered"
 
 
 def plan_json(plan: IngestPlan) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -13,10 +13,10 @@ import numpy as np
 
 from cfstore import catalog
 from cfstore.convert import ARRAY_DTYPE
+from cfstore.engines import EngineName, open_engine
 from cfstore.halves import WORTH_TORCH
-from cfstore.locks import discard, sweep, write_lock
+from cfstore.locks import PROBE_PREFIX, discard, sweep, write_lock
 from cfstore.plan import IngestPlan, Problem, SlideJob, raise_problems
-from cfstore.processes import side_by_side
 from cfstore.schema import DERIVED_DIR, FEATURES_DIR
 from cfstore.shard_job import OnError, ShardDone, ShardTask, write_shard
 from cfstore.shards import TEMPORARY_PREFIX, Format, ShardRecord
@@ -26,11 +26,16 @@ BYTES_PER_SHARD: Final = 2 << 30
 _BYTES_PER_PROCESS: Final = 128 << 20  # less than that is written sooner than a process starts
 _MAX_PROCESSES: Final = 16
 _SHARDS_PER_PROCESS: Final = 3
+TASK_MEMORY: Final = 1 << 30
+"""Bytes that a Ray task reserves; one holds a few chunks of 1 MiB, and what it has loaded: see docs/cluster.md."""
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What an ingest did."""
+    """What an ingest did.
+
+    `n_recovered` of the slides had been written by a worker that died before it could say so.
+    """
 
     n_slides: int
     n_bags: int
@@ -42,13 +47,15 @@ class IngestReport:
     source_bytes: int
     stored_bytes: int
     seconds: float
+    n_recovered: int = 0
 
 
-def choose_jobs(plan: IngestPlan, jobs: int | None) -> int:
-    """Processes to use: as asked for, else one per core as far as there is work for them."""
+def choose_jobs(plan: IngestPlan, jobs: int | None, n_slots: int | None = None) -> int:
+    """Tasks at once: as asked for, else as many as the engine has slots (or a process per core), if there is work."""
     if jobs is not None:
         return jobs
-    return max(1, min(os.cpu_count() or 1, _MAX_PROCESSES, plan.feature_bytes // _BYTES_PER_PROCESS))
+    n_slots = n_slots or min(os.cpu_count() or 1, _MAX_PROCESSES)
+    return max(1, min(n_slots, plan.feature_bytes // _BYTES_PER_PROCESS))
 
 
 def _batches(plan: IngestPlan, jobs: int) -> Iterator[tuple[SlideJob, ...]]:
@@ -78,6 +85,7 @@ def prepare(root: Path) -> None:
             sweep(folder, TEMPORARY_PREFIX)
         for folder in (root / DERIVED_DIR).glob("*/*"):
             sweep(folder, TEMPORARY_PREFIX)
+        sweep(root, PROBE_PREFIX)
         catalog.sweep_temporary(root)
         catalog.reconcile(root)
         for shard in catalog.replaced_shards(root):
@@ -101,6 +109,8 @@ def run_ingest(
     cohort: str | None,
     on_error: OnError,
     jobs: int | None = None,
+    engine: EngineName = "local",
+    address: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> IngestReport:
     """Write the plan's slides as shards and register them.
@@ -112,25 +122,14 @@ def run_ingest(
         at the first slide that fails; slides of finished shards stay.
     StoreWriteError
         The store cannot be written; finished shards stay.
+    EngineError
+        Ray cannot be had, a node of it is not fit for the work, or its workers died too often; finished shards stay.
     """
     started = time.monotonic()
     if on_error == "stop":
         raise_problems(plan.problems)
-    jobs = choose_jobs(plan, jobs)
-    values = plan.feature_bytes // np.dtype(ARRAY_DTYPE[plan.dtype]).itemsize
-    load_torch = values * 4 // jobs > WORTH_TORCH
-    tasks = [
-        ShardTask(
-            root=root,
-            head=ShardRecord("", form, batch[0].encoder, plan.dims[batch[0].encoder], plan.dtype, codec, ""),
-            jobs=batch,
-            cohort=cohort,
-            folder=plan.folder.resolve().name,
-            on_error=on_error,
-            load_torch=load_torch,
-        )
-        for batch in sorted(_batches(plan, jobs), key=lambda batch: -sum(job.n_rows for job in batch))
-    ]
+    if engine != "local":  # other machines have other working directories
+        root, plan = root.absolute(), replace(plan, jobs=tuple(_absolute(job) for job in plan.jobs))
     done = 0
 
     def step() -> None:
@@ -139,12 +138,42 @@ def run_ingest(
         if progress:
             progress(done, len(plan.jobs))
 
-    shards = list(side_by_side(write_shard, tasks, jobs, step))
+    files = [job.sources[0].path for job in plan.jobs[:1]]
+    need = "cfstore ingest --engine ray"
+    if not plan.jobs:
+        engine, address = "local", None
+    with open_engine(engine, address, root=root, files=files, memory=TASK_MEMORY, need=need) as run:
+        jobs = choose_jobs(plan, jobs, run.n_slots)
+        tasks = _tasks(root, plan, ShardRecord("", form, "", 0, plan.dtype, codec, ""), cohort, on_error, jobs)
+        shards = list(run(write_shard, tasks, jobs, step))
     return _report(plan, shards, min(jobs, max(1, len(tasks))), time.monotonic() - started)
 
 
+def _absolute(job: SlideJob) -> SlideJob:
+    return replace(job, sources=tuple(replace(source, path=source.path.absolute()) for source in job.sources))
+
+
+def _tasks(
+    root: Path, plan: IngestPlan, head: ShardRecord, cohort: str | None, on_error: OnError, jobs: int
+) -> list[ShardTask]:
+    """The largest first, so that none is left over at the end."""
+    values = plan.feature_bytes // np.dtype(ARRAY_DTYPE[plan.dtype]).itemsize
+    return [
+        ShardTask(
+            root=root,
+            head=replace(head, encoder=batch[0].encoder, dim=plan.dims[batch[0].encoder]),
+            jobs=batch,
+            cohort=cohort,
+            folder=plan.folder.resolve().name,
+            on_error=on_error,
+            load_torch=values * 4 // jobs > WORTH_TORCH,
+        )
+        for batch in sorted(_batches(plan, jobs), key=lambda batch: -sum(job.n_rows for job in batch))
+    ]
+
+
 def _report(plan: IngestPlan, shards: Sequence[ShardDone], n_processes: int, seconds: float) -> IngestReport:
-    records = [shard.record for shard in shards if shard.record]
+    records = [record for shard in shards for record in shard.records]
     bags = [bag for record in records for slide in record.slides for bag in slide.bags]
     problems = (*plan.problems, *(problem for shard in shards for problem in shard.problems))
     return IngestReport(
@@ -158,4 +187,5 @@ def _report(plan: IngestPlan, shards: Sequence[ShardDone], n_processes: int, sec
         source_bytes=sum(bag.source_bytes for bag in bags),
         stored_bytes=sum(shard.stored_bytes for shard in shards),
         seconds=seconds,
+        n_recovered=sum(shard.n_recovered for shard in shards),
     )

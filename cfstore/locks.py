@@ -18,6 +18,8 @@ from typing import Final
 from cfstore.errors import StoreBusyError, StoreError, StoreWriteError
 from cfstore.schema import LOCK_FILE
 
+PROBE_PREFIX: Final = ".probe-"
+"""Of files that show other machines that they see this very store; locked while somebody may ask."""
 _POLL_SECONDS: Final = 0.05
 
 

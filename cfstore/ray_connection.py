@@ -26,6 +26,7 @@ _CONNECT_SECONDS: Final = 10.0
 _ENVIRONMENT: Final = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_task_oom_retries": "3",  # without it, a task that is too large for every node is tried for ever
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what later versions of Ray do anyway; without it every start warns
 }
 """Set where the environment does not say otherwise, before Ray is loaded: it reads them once."""
@@ -155,7 +156,7 @@ def _check_same(ray: Any, address: str | None, need: str) -> None:
 
 def _parts(address: str) -> tuple[str, int] | None:
     """Host and port; None where an address is of another form ("auto", "local")."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     return (host.strip("[]"), int(port)) if host and port.isdigit() else None
 
 
@@ -173,9 +174,12 @@ def _resolved(address: str, ray: Any) -> object:
 def _check_answers(address: str, need: str) -> None:
     """Ray itself would try for a minute, and then say something else."""
     parts = _parts(address)
+    if address == "auto":
+        return
+    if "://" in address:
+        message = f"{need}: --address {address}: run this on a node of the cluster, and name its HOST:PORT without //"
+        raise EngineError(message)
     if parts is None:
-        if address == "auto":
-            return
         raise EngineError(f"{need}: --address {address!r} is not HOST:PORT; `ray start --head` prints it (port 6379)")
     try:
         socket.create_connection(parts, _CONNECT_SECONDS).close()

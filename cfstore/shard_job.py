@@ -1,7 +1,8 @@
 """One shard, from feature files to the catalog: written aside, renamed, registered.
 
-Runs in the ingesting process or in one of several. Kill it anywhere: what was being written is
-swept away by the next ingest, and a shard that was renamed but not registered is registered.
+Runs in the ingesting process, in one of several, or on another machine. Kill it anywhere: what was being written is
+swept away by the next ingest, and a shard that was renamed but not registered is registered. Run it again for the same
+task: it knows by its name the shard that it had published already, and answers with that.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from cfstore.shards import (
     SlideRecord,
     open_writer,
     published_shards,
+    read_record,
     sync,
 )
 
@@ -44,7 +46,7 @@ OnError = Literal["stop", "skip"]
 class ShardTask:
     """What to write: `head` is the shard without slides and name, `folder` the ingested folder's name.
 
-    `load_torch`: the process has so much to convert that importing torch for it pays.
+    `load_torch`: the process has so much to convert that importing torch for it pays. `name` ends the shard's name.
     """
 
     root: Path
@@ -54,15 +56,23 @@ class ShardTask:
     folder: str
     on_error: OnError
     load_torch: bool
+    name: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
 
 @dataclass(frozen=True)
 class ShardDone:
-    """What became of it: the shard (None if nothing was left to write), its bytes, and slides left out."""
+    """What became of it: the shards (none if nothing was left to write), their bytes, and slides left out.
 
-    record: ShardRecord | None
+    `n_recovered` slides had been published by an earlier attempt, whose process died before it could say so.
+    """
+
+    records: tuple[ShardRecord, ...]
     stored_bytes: int
     problems: tuple[Problem, ...]
+    n_recovered: int = 0
+
+
+_NOTHING = ShardDone((), 0, ())
 
 
 def _whole(value: float | None) -> int | None:
@@ -167,11 +177,11 @@ def new_shard(root: Path, head: ShardRecord, slide_rows: list[int]) -> Iterator[
             discard(temporary)
 
 
-def publish(root: Path, temporary: Path, record: ShardRecord) -> ShardRecord:
+def publish(root: Path, temporary: Path, record: ShardRecord, name: str | None = None) -> ShardRecord:
     """Rename a finished shard into place, numbered after all others, and register it. Needs the write lock."""
     numbers = [int(Path(shard).name.partition("-")[0]) for shard in published_shards(root)]
-    name = f"{max(numbers, default=0) + 1:06d}-{uuid.uuid4().hex[:8]}{SUFFIXES[record.format]}"
-    shard = f"{FEATURES_DIR}/{record.encoder}/{name}"
+    number = f"{max(numbers, default=0) + 1:06d}"
+    shard = f"{FEATURES_DIR}/{record.encoder}/{number}-{name or uuid.uuid4().hex[:8]}{SUFFIXES[record.format]}"
     temporary.rename(root / shard)
     for folder in (temporary.parent, temporary.parent.parent):
         sync(folder)
@@ -186,6 +196,50 @@ def size_on_disk(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def _published(task: ShardTask) -> ShardRecord | None:
+    """The shard that an earlier attempt at this very task has published."""
+    folder, mine = task.root / FEATURES_DIR / task.head.encoder, {job.slide_id for job in task.jobs}
+    for path in folder.glob(f"[0-9]*-{task.name}{SUFFIXES[task.head.format]}"):
+        record = read_record(task.root, path.relative_to(task.root).as_posix())
+        if record.slides and mine.issuperset(slide.slide_id for slide in record.slides):
+            return record
+    return None
+
+
+def _recover(task: ShardTask, record: ShardRecord, tell: Callable[[], None]) -> ShardDone:
+    """Answer for an earlier attempt, and write what it had left out: to find out again why."""
+    with write_lock(task.root):
+        catalog.reconcile(task.root)
+    found = {slide.slide_id for slide in record.slides}
+    for _ in found:
+        tell()
+    left = tuple(job for job in task.jobs if job.slide_id not in found)
+    name = f"{(int(task.name, 16) + 1) % (1 << 32):08x}"
+    rest = write_shard(replace(task, jobs=left, name=name), tell) if left else _NOTHING
+    return ShardDone(
+        records=(record, *rest.records),
+        stored_bytes=size_on_disk(task.root / record.shard) + rest.stored_bytes,
+        problems=rest.problems,
+        n_recovered=len(found) + rest.n_recovered,
+    )
+
+
+def _write_slides(
+    writer: ShardWriter, task: ShardTask, tell: Callable[[], None]
+) -> tuple[list[SlideRecord], list[Problem]]:
+    slides, problems = [], []
+    for job in task.jobs:
+        written = _write_slide(writer, task, job)
+        if isinstance(written, SlideRecord):
+            slides.append(written)
+        elif task.on_error == "stop":
+            raise_problems([written])
+        else:
+            problems.append(written)
+        tell()
+    return slides, problems
+
+
 def write_shard(task: ShardTask, tell: Callable[[], None]) -> ShardDone:
     """Write, publish and register one shard; `tell` is called after each slide.
 
@@ -196,32 +250,30 @@ def write_shard(task: ShardTask, tell: Callable[[], None]) -> ShardDone:
     StoreWriteError
         The store cannot be written.
     """
-    root, problems, slides = task.root, [], []
+    root = task.root
     if task.load_torch:
         prefer_torch()
+    published = _published(task)
+    if published:
+        return _recover(task, published, tell)
     head = replace(task.head, created=datetime.now(UTC).isoformat(timespec="seconds"))
     with new_shard(root, head, [job.n_rows for job in task.jobs]) as (writer, temporary):
-        for job in task.jobs:
-            written = _write_slide(writer, task, job)
-            if isinstance(written, SlideRecord):
-                slides.append(written)
-            elif task.on_error == "stop":
-                raise_problems([written])
-            else:
-                problems.append(written)
-            tell()
+        slides, problems = _write_slides(writer, task, tell)
         if not slides:
-            return ShardDone(None, 0, tuple(problems))
+            return replace(_NOTHING, problems=tuple(problems))
         record = writer.finish(slides)
         with write_lock(root):
             catalog.reconcile(root)
+            published = _published(task)  # by an attempt that was given up for dead, but was not
             known = catalog.known_bags(root, head.encoder)
             left = [job for job in task.jobs if known.isdisjoint((job.slide_id, s.scale) for s in job.sources)]
-            if len(left) == len(task.jobs):
-                record = publish(root, temporary, record)
-                return ShardDone(record, size_on_disk(root / record.shard), tuple(problems))
+            if not published and len(left) == len(task.jobs):
+                record = publish(root, temporary, record, task.name)
+                return ShardDone((record,), size_on_disk(root / record.shard), tuple(problems))
+    if published:
+        return _recover(task, published, lambda: None)
     # Another ingest of the same folder took some of these slides meanwhile: write only the others.
     failed = {problem.slide_id for problem in problems}
     again = replace(task, jobs=tuple(job for job in left if job.slide_id not in failed))
-    done = write_shard(again, lambda: None) if again.jobs else ShardDone(None, 0, ())
+    done = write_shard(again, lambda: None) if again.jobs else _NOTHING
     return replace(done, problems=(*problems, *done.problems))

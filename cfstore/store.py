@@ -20,6 +20,7 @@ from cfstore.convert import ARRAY_DTYPE, Dtype
 from cfstore.derivation import Derivation
 from cfstore.derive import DeriveReport, choose_slides, default_derivations, run_derive
 from cfstore.derived_reader import DerivedReader, find_underived
+from cfstore.engines import EngineName
 from cfstore.errors import (
     ClinicalError,
     SlideNotFoundError,
@@ -264,6 +265,8 @@ class Store:
         plan: IngestPlan | None = None,
         on_error: OnError = "stop",
         jobs: int | None = None,
+        engine: EngineName = "local",
+        address: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> IngestReport:
         """Take a folder of feature files over into the store; nothing is ingested twice.
@@ -278,12 +281,17 @@ class Store:
             "stop" raises before anything is written where the plan shows a problem; "skip"
             leaves those slides out, reports them, and lists them in `info`.
         jobs
-            Processes; None: one per core, as far as there is work for them.
+            Processes, or Ray tasks at once; None: one per core (of the cluster), as far as there is work for them.
+        engine, address
+            "local": processes on this machine. "ray": tasks on the Ray cluster at `address` ("HOST:PORT"), or, without
+            one, on a Ray of this machine alone. Every node has to see folder and store under the same path.
 
         Raises
         ------
         SourceError
             See `cfstore.errors`; the message names file, finding and remedy.
+        EngineError
+            Ray cannot be had, or a node of it is not fit for the work; what was finished stays.
         """
         self._check_own()
         options = options or IngestOptions()
@@ -302,6 +310,8 @@ class Store:
             cohort=options.cohort,
             on_error=on_error,
             jobs=jobs,
+            engine=engine,
+            address=address,
             progress=progress,
         )
         with write_lock(self.path):
@@ -397,6 +407,8 @@ class Store:
         cohort: str | None = None,
         slide_ids: Sequence[str] | None = None,
         jobs: int | None = None,
+        engine: EngineName = "local",
+        address: str | None = None,
         progress: Progress | None = None,
     ) -> DeriveReport:
         """Compute what models need of bags besides features, and keep it; nothing is computed twice.
@@ -410,8 +422,8 @@ class Store:
             Of the bags; None: the only one.
         cohort, slide_ids
             Of which slides: of a cohort, or these. None: all that the encoder has.
-        jobs
-            Processes; None: one per core, as far as there is work for them.
+        jobs, engine, address
+            As for `ingest`.
         progress
             Called with slides done and in all.
 
@@ -421,11 +433,15 @@ class Store:
             No such cohort, encoder or slide.
         StoreWriteError
             The store cannot be written; what was computed so far stays.
+        EngineError
+            Ray cannot be had, or a node of it is not fit for the work; what was computed so far stays.
         """
         self._check_own()
         encoder, chosen = choose_slides(self.path, encoder, cohort, slide_ids)
         wanted = default_derivations(self.path, encoder, chosen) if derivations is None else derivations
-        return run_derive(self.path, wanted, encoder, chosen, jobs=jobs, progress=progress)
+        return run_derive(
+            self.path, wanted, encoder, chosen, jobs=jobs, engine=engine, address=address, progress=progress
+        )
 
     def prototypes(
         self, encoder: str, scale: int, slide_ids: Sequence[str], n: int, *, seed: int = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cfstore.cli.terminal import json_option, print_json, printer, progress, store_option
+from cfstore.cli.terminal import engine_options, json_option, print_json, printer, progress, store_option
 
 
 @click.command()
@@ -16,6 +16,7 @@ from cfstore.cli.terminal import json_option, print_json, printer, progress, sto
 @click.option("--cohort", metavar="NAME", help="Only slides of this cohort.")
 @click.option("--encoder", metavar="NAME", help="Encoder of the bags [default: the only one].")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes [default: one per core, where there is work].")
+@engine_options
 @click.option(
     "--prototypes",
     "n_prototypes",
@@ -33,6 +34,8 @@ def derive(
     cohort: str | None,
     encoder: str | None,
     jobs: int | None,
+    engine: Any,
+    address: str | None,
     n_prototypes: int | None,
     splits: str | None,
     scale: str | None,
@@ -69,7 +72,9 @@ def derive(
     content: dict[str, Any] = {}
     if wanted or n_prototypes is None:
         with progress("deriving", "slides") as step:
-            report = opened.derive(wanted or None, encoder=encoder, cohort=cohort, jobs=jobs, progress=step)
+            report = opened.derive(
+                wanted or None, encoder=encoder, cohort=cohort, jobs=jobs, engine=engine, address=address, progress=step
+            )
         for line in describe_derive(report):
             say(line)
         content = asdict(report)

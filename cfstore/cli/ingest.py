@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cfstore.cli.terminal import json_option, print_json, printer, progress, store_option
+from cfstore.cli.terminal import engine_options, json_option, print_json, printer, progress, store_option
 
 _CODECS = ("none", "blosc-zstd", "blosc-zstd-bitshuffle", "blosc-lz4", "blosc-lz4-bitshuffle", "zstd")
 
@@ -43,6 +43,7 @@ _CODECS = ("none", "blosc-zstd", "blosc-zstd-bitshuffle", "blosc-lz4", "blosc-lz
     help="Compression of the features [default: blosc-zstd; int8 and tars: none].",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes [default: one per core, where there is work].")
+@engine_options
 @click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),
@@ -64,6 +65,8 @@ def ingest(
     dtype: Any,
     codec: str | None,
     jobs: int | None,
+    engine: Any,
+    address: str | None,
     on_error: Any,
     dry_run: bool,
     store: Path,
@@ -77,6 +80,7 @@ def ingest(
     Example:
         cfstore ingest h5dir/
         cfstore ingest bags/ --scale 20 --encoder uni --cohort BLCA --clinical blca.csv
+        cfstore ingest /shared/bags --store /shared/store --engine ray --address 10.0.0.5:6379
     """
     from cfstore.describe import describe_plan, describe_report, plan_json, report_json
     from cfstore.store import IngestOptions, open_store, plan_ingest
@@ -106,7 +110,9 @@ def ingest(
             print_json(plan_json(plan))
         sys.exit(1 if plan.problems and on_error == "stop" else 0)
     with progress("writing", "slides") as step:
-        report = opened.ingest(h5dir, options, plan=plan, on_error=on_error, jobs=jobs, progress=step)
+        report = opened.ingest(
+            h5dir, options, plan=plan, on_error=on_error, jobs=jobs, engine=engine, address=address, progress=step
+        )
     for line in describe_report(report):
         say(line)
     for row in opened.info().cohorts:

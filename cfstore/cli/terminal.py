@@ -35,6 +35,23 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(command)
 
 
+def engine_options(command: F) -> F:
+    """--engine and --address."""
+    address = click.option(
+        "--address",
+        metavar="HOST:PORT",
+        help='Of the Ray cluster; "auto": the one that runs here [default: Ray on this machine alone].',
+    )
+    engine = click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Processes on this machine, or tasks on a Ray cluster: docs/cluster.md.",
+    )
+    return engine(address(command))
+
+
 def printer(as_json: bool) -> Callable[[str], None]:
     """Text goes to stdout, or to stderr where stdout carries JSON."""
     return lambda line: click.echo(line, err=as_json)

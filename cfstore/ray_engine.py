@@ -1,0 +1,261 @@
+"""Tasks on the machines of a Ray cluster: one Ray task each, retried where a worker or its machine dies.
+
+A task is given out again only after its process is gone, or is given up for dead; so what it runs has to know its own
+earlier work (`shard_job`, `derive_job`), and nothing is written twice. What a task raises itself is raised here, as it
+is. Results are records of what lies on shared storage, never arrays.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from uuid import uuid4
+
+from cfstore.errors import EngineError, StoreError
+from cfstore.locks import PROBE_PREFIX, disk_errors, hold
+from cfstore.processes import Tell
+from cfstore.ray_connection import check_code, code_version, node_name, ray_cluster
+from cfstore.schema import read_header
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+RETRIES: Final = 3
+"""How often a task is given out again after its worker died."""
+_POLL_SECONDS: Final = 0.2
+_CANCEL_SECONDS: Final = 60.0
+_GIB: Final = 1 << 30
+
+
+@dataclass(frozen=True)
+class View:
+    """What every node has to see just as this machine does: the store, and (path, size, mtime_ns) of some files."""
+
+    root: Path
+    uuid: str
+    probe: str
+    files: tuple[tuple[str, int, int], ...]
+
+
+def _stat(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)  # noqa: PTH116 - a path of another machine, as it was written there
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def _shown(root: Path, files: Sequence[Path]) -> Iterator[View]:
+    """A file in the store that nobody can have seen before: a copy of the store will not do."""
+    probe = root / f"{PROBE_PREFIX}{uuid4().hex}"
+    seen = [(str(path), stat) for path in files if (stat := _stat(str(path)))]
+    with disk_errors(root):
+        try:
+            probe.touch()
+            with hold(probe):
+                yield View(root, read_header(root).uuid, probe.name, tuple((path, *stat) for path, stat in seen))
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+@cache
+def check_view(view: View) -> None:
+    """Called by every worker before its first task.
+
+    Raises
+    ------
+    EngineError
+        This node has another store at that path or none, or other files; the message names the node and the path.
+    """
+    node, remedy = node_name(), "it must be on storage that all nodes share, under the same path on each"
+    try:
+        found = read_header(view.root).uuid
+    except StoreError as error:
+        raise EngineError(f"node {node} does not see the store {view.root} ({error}); {remedy}") from error
+    if found != view.uuid:
+        message = f"node {node} has another store at {view.root} ({found}, not {view.uuid}); {remedy}"
+        raise EngineError(message)
+    if not (view.root / view.probe).exists():
+        message = f"node {node} has a copy of the store at {view.root}, not the store itself; {remedy}"
+        raise EngineError(message)
+    for path, *expected in view.files:
+        stat = _stat(path)
+        if stat is None or [*stat] != expected:
+            what = "other than here: another size or time" if stat else "nothing"
+            raise EngineError(f"node {node} sees {what} at {path}; the folder, too: {remedy}")
+
+
+def _attempt(code: str, view: View, packed: bytes, number: int, mailbox: Any) -> tuple[int, Any]:
+    """Runs on a node. `packed` is unpacked only when the code that it names is known to be the same."""
+    from ray import cloudpickle
+
+    check_code(code)
+    check_view(view)
+    function, task = cloudpickle.loads(packed)
+    steps = 0
+
+    def tell() -> None:
+        nonlocal steps
+        steps += 1
+        mailbox.put.remote(number, steps)
+
+    return steps, function(task, tell)
+
+
+class _Mailbox:
+    """Runs beside the process that gave out the work: how far the tasks are."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, int] = {}
+
+    def put(self, number: int, steps: int) -> None:
+        self._steps[number] = steps
+
+    def take(self) -> dict[int, int]:
+        taken, self._steps = self._steps, {}
+        return taken
+
+
+@dataclass
+class _Progress:
+    """Steps by task. A task that is given out again begins anew: its steps count once it is further than before."""
+
+    on_step: Tell
+    most: dict[int, int] = field(default_factory=dict)
+
+    def reached(self, steps: Mapping[int, int]) -> None:
+        for number, count in steps.items():
+            for _ in range(self.most.get(number, 0), count):
+                self.on_step()
+            self.most[number] = max(count, self.most.get(number, 0))
+
+
+@dataclass(frozen=True)
+class RayEngine:
+    """Runs tasks of a store on Ray; `n_slots` at once fill the cluster. Use `ray_engine`.
+
+    `memory` are bytes that a task reserves: Ray puts no more tasks on a node than its memory has room for.
+    """
+
+    ray: Any
+    view: View
+    memory: int
+    n_slots: int
+
+    def __call__(
+        self, function: Callable[[Task, Tell], Result], tasks: Sequence[Task], jobs: int, on_step: Tell
+    ) -> Iterator[Result]:
+        """As `processes.side_by_side`, on the nodes of the cluster.
+
+        Raises
+        ------
+        EngineError
+            A node is not fit for the work, or workers died too often; and whatever `function` raises.
+        """
+        ray, code = self.ray, code_version()
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        mailbox = ray.remote(_Mailbox).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+        remote = ray.remote(_attempt).options(
+            num_cpus=1, memory=self.memory, max_retries=RETRIES, scheduling_strategy="SPREAD", name=function.__name__
+        )
+        progress, todo, pending = _Progress(on_step), iter(enumerate(tasks)), {}  # type: _Progress, Any, dict[Any, int]
+
+        def give_out() -> None:
+            for number, task in todo:
+                packed = ray.cloudpickle.dumps((function, task))
+                pending[remote.remote(code, self.view, packed, number, mailbox)] = number
+                if len(pending) >= max(1, jobs):
+                    return
+
+        try:
+            give_out()
+            while pending:
+                done, _ = ray.wait(list(pending), timeout=_POLL_SECONDS)
+                with suppress(ray.exceptions.RayError):  # a step more or less: it is told again with the result
+                    progress.reached(ray.get(mailbox.take.remote(), timeout=_CANCEL_SECONDS))
+                for ref in done:
+                    steps, result = self._result(ref)
+                    progress.reached({pending.pop(ref): steps})
+                    give_out()
+                    yield result
+        finally:
+            self._cancel(list(pending))
+            ray.kill(mailbox)
+
+    def _result(self, ref: Any) -> tuple[int, Any]:
+        errors = self.ray.exceptions
+        try:
+            answer: tuple[int, Any] = self.ray.get(ref)
+        except errors.RayTaskError as error:
+            if "failed to import on the worker" in str(error.cause):
+                last = str(error.cause).strip().splitlines()[-1]
+                message = (
+                    f"a node has no crossfusion-store, or another version ({last}); install {code_version()} on it"
+                )
+                raise EngineError(message) from error
+            raise error.cause from error
+        except errors.RayError as error:
+            first = str(error).strip().splitlines()[0][:300]
+            message = (
+                f"a task was given up after its worker died {RETRIES + 1} times ({type(error).__name__}: {first}); "
+                "what was finished stays: run this again, with fewer --jobs or on nodes with more memory"
+            )
+            raise EngineError(message) from error
+        return answer
+
+    def _cancel(self, refs: list[Any]) -> None:
+        """End what runs, so that it cleans up after itself; it is killed where it does not."""
+        if not refs:
+            return
+        for ref in refs:
+            self.ray.cancel(ref)
+        _, left = self.ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_SECONDS)
+        for ref in left:
+            self.ray.cancel(ref, force=True)
+
+
+def _n_slots(ray: Any, memory: int, need: str) -> int:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    slots = sum(int(min(node.get("CPU", 0), node.get("memory", 0) // memory)) for node in nodes)
+    if not slots:
+        has = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('memory', 0) / _GIB:.1f} GiB" for node in nodes)
+        message = (
+            f"{need}: no node of the Ray cluster has a CPU and {memory / _GIB:.1f} GiB for a task (it has: {has}); "
+            "start a larger one, or Ray with --memory and --num-cpus"
+        )
+        raise EngineError(message)
+    return slots
+
+
+@contextmanager
+def ray_engine(
+    root: Path, address: str | None, *, files: Sequence[Path], memory: int, need: str
+) -> Iterator[RayEngine]:
+    """An engine on the Ray cluster at `address`, or on this machine alone.
+
+    Parameters
+    ----------
+    root
+        The store, as an absolute path: every node has to see it there.
+    files
+        A few files that tasks read, which every node has to see as well.
+    memory
+        Bytes that a task reserves.
+    need
+        As for `ray_cluster`.
+
+    Raises
+    ------
+    EngineError
+        No Ray, no cluster, or none of its nodes has room for a task.
+    """
+    with ray_cluster(address, need=need) as ray, _shown(root, files) as view:
+        yield RayEngine(ray, view, memory, _n_slots(ray, memory, need))
