@@ -7,6 +7,9 @@
     ├── StoreBusyError            another process holds the write lock
     ├── StoreWriteError           the disk is full, read-only, or fails (also OSError)
     ├── SlideNotFoundError        no such slide, scale, encoder or cohort (also KeyError)
+    ├── RemoteError               object storage: a request failed, finally
+    │   ├── RemoteObjectMissingError  there is no such object
+    │   └── PreconditionFailedError   an object is not what a conditional write expects
     ├── NotDerivedError           what was asked for has not been derived yet
     ├── DerivationError           no such derivation, or it cannot be made of these slides (also ValueError)
     ├── EngineError               Ray is missing, out of reach, or a node is not fit for the work
@@ -60,6 +63,18 @@ class SlideNotFoundError(StoreError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the message quoted
         return str(self.args[0]) if self.args else ""
+
+
+class RemoteError(StoreError):
+    """A request to object storage failed and would fail again, or failed too often."""
+
+
+class RemoteObjectMissingError(RemoteError):
+    """There is no such object."""
+
+
+class PreconditionFailedError(RemoteError):
+    """An object is there already, or is another one than a conditional write was to replace; nothing was written."""
 
 
 class NotDerivedError(StoreError):

@@ -1,0 +1,415 @@
+"""Objects of one store on object storage: read by ranges, written whole, every request tried again.
+
+obstore (the Rust crate object_store) speaks to the servers. Its own retries are off for all but uploads in parts:
+they do not reach into a body that is cut short, and would hide how often was tried.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import numpy as np
+
+from cfstore.errors import PreconditionFailedError, RemoteError, RemoteObjectMissingError
+from cfstore.remote.locate import allows_http, can_list, normal_url, settings_of
+from cfstore.remote.retry import DEFAULT_RETRY, GaveUpError, Retry, TemporaryError
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+Result = TypeVar("Result")
+
+_PART_BYTES: Final = 16 << 20
+_MOST_CONDITIONAL: Final = 5 * 10**9  # one request takes no more, on any cloud
+_STATUS: Final = re.compile(r"status code: (\d{3})")
+_QUERY: Final = re.compile(r"\?[^\s|]+")  # may hold a signature
+_TEMPORARY: Final = (408, 409, 425, 429)
+_PLAIN_MD5: Final = re.compile(r'^"?([0-9a-f]{32})"?$')
+_NO_RETRY: Final = {
+    "max_retries": 0,
+    "retry_timeout": timedelta(seconds=0),
+    "backoff": {"init_backoff": timedelta(seconds=1), "max_backoff": timedelta(seconds=1), "base": 2},
+}
+
+_clients: dict[tuple[object, ...], ObjectStore] = {}
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Head:
+    """Size of an object, and what the server calls its content (None where it gives it no name)."""
+
+    size: int
+    etag: str | None
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A whole object."""
+
+    data: bytes
+    etag: str | None
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The objects below one address. Thread-safe; may be pickled: a process opens a client of its own.
+
+    Keys are relative to the address, with slashes. Every request is tried again where that may help.
+
+    Parameters
+    ----------
+    url
+        s3://bucket/folder, gs://..., az://..., or https:// and http:// of a web server that answers ranges.
+    retry
+        How often, and how long to wait between.
+    timeout
+        Seconds without a byte after which a request counts as failed.
+    settings
+        What the client is told besides what it finds in the environment; by default `settings_of(url)`, as the
+        environment was when the bucket was made.
+
+    Raises
+    ------
+    StoreError
+        The address cannot be one of a store.
+    RemoteError
+        obstore is not installed (raised by the first request).
+    """
+
+    url: str
+    retry: Retry = DEFAULT_RETRY
+    timeout: float = 30.0
+    settings: tuple[tuple[str, str], ...] | None = None
+    _http: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", normal_url(self.url))
+        if self.settings is None:
+            object.__setattr__(self, "settings", tuple(sorted(settings_of(self.url).items())))
+        object.__setattr__(self, "_http", self._http or allows_http(self.url))
+
+    @property
+    def can_list(self) -> bool:
+        """Whether `list`, `put` and `delete` work: not on a plain web server."""
+        return can_list(self.url)
+
+    def shown(self, key: str) -> str:
+        """The address of an object, for messages."""
+        return f"{self.url}/{key}"
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def get(self, key: str) -> bytes:
+        """A whole object.
+
+        Raises
+        ------
+        RemoteObjectMissingError
+            There is none.
+        RemoteError
+            The request failed, finally.
+        """
+        found = self.fetch(key)
+        assert found is not None  # noqa: S101 - only `unless` leads to None
+        return found.data
+
+    def fetch(self, key: str, *, unless: str | None = None) -> Fetched | None:
+        """A whole object with its ETag; None where its ETag is still `unless`. Raises as `get`."""
+
+        def request(_: int) -> Fetched | None:
+            options = {"if_none_match": unless} if unless else {}
+            result = _obstore().get(self._client(), key, options=options)
+            data, size = bytes(result.bytes()), result.meta["size"]
+            if len(data) != size:
+                raise TemporaryError(f"{len(data):,} of {size:,} bytes came")
+            return Fetched(data, result.meta["e_tag"])
+
+        return self._run("read", key, request, unchanged=unless is not None)
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of an object: exactly stop - start of them. Raises as `read_into`."""
+        memory = bytearray(stop - start)
+        self.read_into(key, start, memoryview(memory))
+        return bytes(memory)
+
+    def read_into(self, key: str, start: int, memory: memoryview) -> str | None:
+        """Fill `memory` (bytes, not empty) from byte `start` of an object; returns the object's ETag.
+
+        Raises
+        ------
+        RemoteObjectMissingError
+            There is no such object.
+        RemoteError
+            The object ends before that, or the request failed, finally.
+        """
+        stop = start + len(memory)
+
+        def request(_: int) -> str | None:
+            result = _obstore().get(self._client(), key, options={"range": (start, stop)})
+            meta = result.meta
+            if meta["size"] < stop:
+                raise RemoteError(
+                    f"{self.shown(key)}: has {meta['size']:,} bytes, those up to {stop:,} were asked for; "
+                    "the object is not the one that was written"
+                )
+            data = result.bytes()
+            if len(data) != len(memory):
+                raise TemporaryError(f"{len(data):,} of {len(memory):,} bytes came")
+            np.copyto(np.frombuffer(memory, np.uint8), np.frombuffer(data, np.uint8))  # without the interpreter's lock
+            etag: str | None = meta["e_tag"]
+            return etag
+
+        return self._run("read", key, request)
+
+    def head(self, key: str) -> Head | None:
+        """Size and ETag of an object; None where there is none. Raises RemoteError."""
+
+        def request(_: int) -> Head:
+            meta = _obstore().head(self._client(), key)
+            return Head(meta["size"], meta["e_tag"])
+
+        try:
+            return self._run("look at", key, request)
+        except RemoteObjectMissingError:
+            return None
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """Key and size of every object below a folder, `prefix`, sorted by key.
+
+        Raises
+        ------
+        RemoteError
+            A plain web server, which cannot list; or the request failed, finally.
+        """
+        self._check_cloud("list")
+
+        def request(_: int) -> list[tuple[str, int]]:
+            chunks = _obstore().list(self._client(), prefix or None)
+            return sorted((meta["path"], meta["size"]) for chunk in chunks for meta in chunk)
+
+        return iter(self._run("list", prefix, request))
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def put(
+        self, key: str, content: bytes | Path, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str | None:
+        """Write a whole object, large files in parts; nobody ever sees half of one. Returns its ETag.
+
+        Parameters
+        ----------
+        key, content
+            Where, and the bytes or the file that holds them.
+        if_absent
+            Only where there is no such object yet.
+        if_match
+            Only in the place of the object with this ETag.
+
+        Where an answer got lost and the next try finds the condition broken, the object is compared with `content`:
+        if they are the same this call has won. So where it matters who of two writers it was, the content must name
+        its writer. If another writer has put an object in the place of ours meanwhile, this counts as lost.
+
+        Raises
+        ------
+        PreconditionFailedError
+            The condition does not hold; nothing was written.
+        RemoteError
+            The request failed, finally. A conditional one may have been carried out all the same.
+        """
+        self._check_cloud("written to")
+        if not if_absent and if_match is None:
+            return self._put_any(key, content)
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        if len(data) > _MOST_CONDITIONAL:
+            raise RemoteError(f"{self.shown(key)}: {len(data):,} bytes are too many for one request with a condition")
+        mode: Any = "create" if if_absent else {"e_tag": if_match}
+        unclear = False
+
+        def request(_: int) -> str | None:
+            nonlocal unclear
+            try:
+                return self._put_once(key, data, mode)
+            except TemporaryError:
+                unclear = True
+                raise
+            except PreconditionFailedError:
+                if unclear and (mine := self._etag_if_same(key, data)):
+                    return mine
+                raise
+
+        return self._run("write", key, request)
+
+    def _put_once(self, key: str, data: bytes, mode: Any) -> str | None:
+        errors = _errors()
+        try:
+            put = _obstore().put(self._client(), key, data, mode=mode, use_multipart=False)
+        except (errors.AlreadyExistsError, errors.PreconditionError, FileNotFoundError) as error:
+            if _status(error) == 409:  # S3: another conditional request on the object has not ended yet
+                raise TemporaryError(_line(error)) from error
+            what = "exists already" if mode == "create" else "is not what it was"
+            raise PreconditionFailedError(f"{self.shown(key)}: {what}; another process was first") from error
+        except errors.BaseError as error:
+            raise self._sorted_out(error, "write", key) from error
+        etag: str | None = put["e_tag"]
+        return etag
+
+    def _put_any(self, key: str, content: bytes | Path) -> str | None:
+        def request(_: int) -> str | None:
+            put = _obstore().put(self._client(in_parts=True), key, content, chunk_size=_PART_BYTES, max_concurrency=4)
+            etag: str | None = put["e_tag"]
+            return etag
+
+        return self._run("write", key, request)
+
+    def _etag_if_same(self, key: str, data: bytes) -> str | None:
+        """The object's ETag if its content is `data`."""
+        head = self.head(key)
+        if head is None or head.size != len(data):
+            return None
+        if found := _PLAIN_MD5.match(head.etag or ""):
+            same = found[1] == hashlib.md5(data, usedforsecurity=False).hexdigest()
+            if same:
+                return head.etag
+        fetched = self.fetch(key)  # also where an ETag looks like a digest and is none, as with encrypted objects
+        return fetched.etag if fetched is not None and fetched.data == data else None
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects; those that are gone already are no error. Raises RemoteError."""
+        self._check_cloud("deleted from")
+        listed = list(keys)
+        errors = _errors()
+        for at in range(0, len(listed), 1000):
+            some = listed[at : at + 1000]
+
+            def request(_: int, some: list[str] = some) -> None:
+                try:
+                    _obstore().delete(self._client(), some)
+                except FileNotFoundError:
+                    for key in some:
+                        try:
+                            _obstore().delete(self._client(), key)
+                        except FileNotFoundError:
+                            continue
+                        except errors.BaseError as error:
+                            raise self._sorted_out(error, "delete", key) from error
+
+            self._run("delete", some[0], request)
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def _check_cloud(self, what: str) -> None:
+        if not self.can_list:
+            raise RemoteError(f"{self.url}: a web server cannot be {what}; use s3://, gs:// or az://")
+
+    def _client(self, *, in_parts: bool = False) -> ObjectStore:
+        key = (os.getpid(), self.url, self.settings, self.timeout, self._http, in_parts)
+        client = _clients.get(key)
+        if client is None:
+            with _lock:
+                client = _clients.get(key) or self._opened(in_parts)
+                _clients[key] = client
+        return client
+
+    def _opened(self, in_parts: bool) -> ObjectStore:
+        retries: dict[str, Any] = {} if in_parts else {"retry_config": _NO_RETRY}
+        options = {
+            "allow_http": self._http,
+            "connect_timeout": timedelta(seconds=min(10.0, self.timeout)),
+            "read_timeout": timedelta(seconds=self.timeout),
+            "timeout": timedelta(seconds=20 * self.timeout),
+        }
+        config: dict[str, Any] = {"config": dict(self.settings or ())} if self.settings else {}
+        try:
+            opened: ObjectStore = _stores().from_url(self.url, client_options=options, **config, **retries)
+        except (ValueError, _errors().BaseError) as error:
+            raise RemoteError(f"{self.url}: cannot be opened ({_line(error)})") from error
+        return opened
+
+    def _run(self, what: str, key: str, request: Callable[[int], Result], *, unchanged: bool = False) -> Result:
+        """Run a request again and again; `unchanged`: not modified is an answer, None."""
+        errors = _errors()
+
+        def sorted_out(number: int) -> Result:
+            try:
+                return request(number)
+            except errors.NotModifiedError as error:
+                if unchanged:
+                    return None  # type: ignore[return-value]
+                raise self._sorted_out(error, what, key) from error
+            except (FileNotFoundError, PermissionError, ValueError, errors.BaseError) as error:
+                raise self._sorted_out(error, what, key) from error
+
+        try:
+            return self.retry.run(sorted_out)
+        except GaveUpError as error:
+            message = f"{self.shown(key)}: cannot {what} it, {error.tries} times in a row ({error})"
+            raise RemoteError(f"{message}; the server or the way to it fails: try again later") from error
+
+    def _sorted_out(self, error: BaseException, what: str, key: str) -> Exception:
+        """An error of the client as what it means: to be tried again, missing, or final."""
+        errors = _errors()
+        if isinstance(error, FileNotFoundError) and _is_remote(error):
+            return RemoteObjectMissingError(f"{self.shown(key)}: there is no such object")
+        if isinstance(error, (PermissionError, errors.PermissionDeniedError, errors.UnauthenticatedError)):
+            return RemoteError(f"{self.shown(key)}: the server forbids to {what} it; check the cloud's credentials")
+        status = _status(error)
+        final = isinstance(error, OSError | ValueError) or "non-partial response" in str(error)
+        if status is not None and 400 <= status < 500 and status not in _TEMPORARY:
+            final = True
+        if not final:
+            return TemporaryError(_line(error))
+        if status == 416:
+            return RemoteError(f"{self.shown(key)}: is shorter than was asked for; it is not the one that was written")
+        if "non-partial response" in str(error):
+            return RemoteError(f"{self.shown(key)}: the server answers no ranges; use one that does")
+        return RemoteError(f"{self.shown(key)}: cannot {what} it ({_line(error)})")
+
+
+def _is_remote(error: FileNotFoundError) -> bool:
+    return error.filename is None  # the file that should be sent has a name
+
+
+def _status(error: BaseException) -> int | None:
+    found = _STATUS.search(str(error))
+    return int(found[1]) if found else None
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, in one line, without signatures."""
+    text = str(error).partition("Debug source")[0].strip() or type(error).__name__
+    return _QUERY.sub("", " ".join(text.split()))[:300]
+
+
+# -- obstore, loaded when it is needed ---------------------------------------------------------------
+
+
+def _obstore() -> Any:
+    try:
+        import obstore
+    except ImportError as error:
+        message = "stores on object storage need obstore: pip install 'crossfusion-store[remote]'"
+        raise RemoteError(message) from error
+    return obstore
+
+
+def _stores() -> Any:
+    _obstore()
+    import obstore.store
+
+    return obstore.store
+
+
+def _errors() -> Any:
+    _obstore()
+    import obstore.exceptions
+
+    return obstore.exceptions

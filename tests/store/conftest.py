@@ -1,0 +1,59 @@
+"""An S3 server on loopback, and a way to it on which things go wrong, for tests of stores on object storage."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+
+import pytest
+from faulty_proxy import FaultyProxy
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """The port of a real S3-protocol server on loopback (moto)."""
+    pytest.importorskip("obstore", reason="needs the extra [remote]")
+    server = pytest.importorskip("moto.server", reason="needs moto[server]").ThreadedMotoServer(
+        ip_address="127.0.0.1", port=0, verbose=False
+    )
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy in front of the server; the environment leads to it, with credentials."""
+    with FaultyProxy(f"127.0.0.1:{s3_port}") as proxy:
+        for name, value in {
+            "AWS_ENDPOINT_URL": proxy.url,
+            "AWS_ACCESS_KEY_ID": "tests",
+            "AWS_SECRET_ACCESS_KEY": "tests",
+            "AWS_REGION": "us-east-1",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+
+
+@pytest.fixture
+def bucket_url(s3: FaultyProxy, s3_port: int) -> str:
+    """The address of a folder of an empty bucket of its own."""
+    import boto3
+
+    name = f"bucket-{next(_numbers)}"
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{s3_port}",
+        aws_access_key_id="tests",
+        aws_secret_access_key="tests",  # noqa: S106 - the server takes any
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket=name)
+    client.close()
+    return f"s3://{name}/cohorts/store"
