@@ -186,9 +186,12 @@ def make_deterministic(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def free_gpu(device: torch.device) -> int | None:
-    """Bytes free on the device; None if it is the CPU."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+def free_gpu(device: torch.device, share: float = 1.0) -> int | None:
+    """Bytes free on the device, at most this share of all its memory; None if it is the CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return min(int(free), int(share * total))
 
 
 def choose_device(name: str) -> torch.device:

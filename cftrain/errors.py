@@ -10,6 +10,7 @@
     ├── NonFiniteError            a loss, gradient or prediction is NaN or Inf
     ├── WeightsError              a file of weights that cannot be read, or is no model of ours
     ├── RunError                  a run directory that cannot be written, resumed or read
+    │   └── RunBusyError          another process trains in it
     └── StoppedError              a signal ended the run; its checkpoints are written
 
 Messages name the slide, the setting or the file, what was found, and what to do, in one line.
@@ -56,6 +57,10 @@ class WeightsError(TrainError):
 
 class RunError(TrainError):
     """A run directory cannot be written, resumed or read."""
+
+
+class RunBusyError(RunError):
+    """Another process trains in a run directory, or in the same fold of it."""
 
 
 class StoppedError(TrainError):

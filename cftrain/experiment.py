@@ -35,7 +35,7 @@ from cftrain.feed import cohort_bytes
 from cftrain.folds import FoldExamples, inner_fold
 from cftrain.footprint import blueprint
 from cftrain.learner import CHECKPOINT, bins_of, build_options
-from cftrain.memory import free_ram
+from cftrain.memory import EVERYTHING, Allowance, free_ram
 from cftrain.models import SurvivalModel
 from cftrain.nested import with_choice
 from cftrain.passes import Beat
@@ -124,9 +124,17 @@ def _specs(run: int, config: RunConfig, data: RunData) -> list[Spec]:
 
 
 def prepare(
-    configs: Sequence[RunConfig], store: Path, *, device: str = "auto", jobs: int = 1, fuse: bool = True
+    configs: Sequence[RunConfig],
+    store: Path,
+    *,
+    device: str = "auto",
+    jobs: int = 1,
+    fuse: bool = True,
+    allowance: Allowance = EVERYTHING,
 ) -> Prepared:
     """Check that the runs can be made, and decide where bags are kept and how many patches go together.
+
+    `allowance` is what they may take of the machine, all jobs together.
 
     Raises
     ------
@@ -146,19 +154,30 @@ def prepare(
     _check_folds(configs, data)
     jobs = min(jobs, _n_learners(configs, data))
     sharers = jobs * processes_here()
-    plan = plan_cache(
-        first.data.cache, cohort_bytes=nbytes, ram_free=free_ram(), gpu_free=free_gpu(chosen), jobs=sharers
-    )
+    gpu, ram = free_gpu(chosen, allowance.gpu_share), allowance.of_ram(free_ram())
+    plan = plan_cache(first.data.cache, cohort_bytes=nbytes, ram_free=ram, gpu_free=gpu, jobs=sharers)
     n_parameters = tuple(
         sum(weight.numel() for weight in _blueprint(config, data.cohort.dim).parameters()) for config in configs
     )
-    gpu = free_gpu(chosen)
-    free = free_ram() // sharers - plan.ram_bytes if gpu is None else gpu // jobs - plan.gpu_bytes
+    free = ram // sharers - plan.ram_bytes if gpu is None else gpu // jobs - plan.gpu_bytes
     others = _beside_a_step(configs, data, n_parameters, nbytes, jobs, fused)
     fitted = [_fitted(config, data, chosen, max(0, free - others), others) for config in configs]
     resolved, step_bytes = tuple(config for config, _ in fitted), tuple(nbytes for _, nbytes in fitted)
     of_runs = tuple(tuple(scales[config.model.name]) for config in configs)
     return Prepared(resolved, data, chosen, plan, n_parameters, of_runs, nbytes, step_bytes, jobs, fused)
+
+
+def derive(ready: Prepared, on_derive: Callable[[int, int], None]) -> None:
+    """Let the store derive what the runs' models read of their slides and it lacks.
+
+    Raises
+    ------
+    StoreError
+        The store cannot be written.
+    """
+    extras = sorted({extra for config in ready.configs for extra in config.extras() + config.fit_extras()})
+    slide_ids = [slide.slide_id for slide in ready.data.cohort.slides]
+    derive_missing(ready.data.store, ready.data.cohort.encoder, extras, slide_ids, on_derive)
 
 
 def _n_learners(configs: Sequence[RunConfig], data: RunData) -> int:
@@ -254,6 +273,7 @@ def train_runs(
     resume: bool = False,
     command: Sequence[str] = (),
     watch: Watcher | None = None,
+    allowance: Allowance = EVERYTHING,
 ) -> list[FinishedRun]:
     """Cross-validate several models or seeds on one cohort, and write a run directory for each.
 
@@ -273,6 +293,8 @@ def train_runs(
         Kept in provenance.json.
     watch
         What to call while the runs go on.
+    allowance
+        What they may take of the machine, all jobs together.
 
     Raises
     ------
@@ -288,15 +310,14 @@ def train_runs(
     watch = watch or Watcher()
     with ExitStack() as stack:
         ranks = stack.enter_context(process_group(choose_device(device)))
-        ready = prepare(configs, store, device=device, jobs=1 if ranks.world > 1 else jobs, fuse=fuse)
+        jobs = 1 if ranks.world > 1 else jobs
+        ready = prepare(configs, store, device=device, jobs=jobs, fuse=fuse, allowance=allowance)
         if ranks.first:
             for out in outs:
                 stack.enter_context(run_directory.held(out))
                 if not resume:
                     run_directory.check_new(out)
-            extras = sorted({extra for config in configs for extra in config.extras() + config.fit_extras()})
-            slide_ids = [slide.slide_id for slide in ready.data.cohort.slides]
-            derive_missing(ready.data.store, ready.data.cohort.encoder, extras, slide_ids, watch.on_derive)
+            derive(ready, watch.on_derive)
             for config, out in zip(ready.configs, outs, strict=True):
                 _enter(out, config, ready, command, resume=resume)
         ranks.barrier()
@@ -337,7 +358,8 @@ def _trained(
             folds[done.run].append(done)
             heard.on_fold(done.run, done.result)
             if len(folds[done.run]) == len(_specs(done.run, ready.configs[done.run], ready.data)):
-                finished[done.run] = _write(ready, done.run, outs[done.run], folds[done.run], ranks)
+                effort = _effort(folds[done.run])
+                finished[done.run] = write_results(ready, done.run, outs[done.run], folds[done.run], effort, ranks)
     return [finished[run] for run in range(len(outs))]
 
 
@@ -350,8 +372,10 @@ def _effort(folds: Sequence[Done]) -> Effort:
     )
 
 
-def _write(ready: Prepared, run: int, out: Path, folds: Sequence[Done], ranks: Ranks) -> FinishedRun:
-    """The results of a run; its checkpoints are not needed any more."""
+def write_results(
+    ready: Prepared, run: int, out: Path, folds: Sequence[Done], effort: Effort, ranks: Ranks
+) -> FinishedRun:
+    """The results of a run from all its learners; its checkpoints are not needed any more."""
     config = ready.configs[run]
     ordered = _in_order([done.result for done in folds], config)
     summary: Mapping[str, Any] = {}
@@ -362,7 +386,7 @@ def _write(ready: Prepared, run: int, out: Path, folds: Sequence[Done], ranks: R
             config,
             ready.data,
             ordered,
-            _effort(folds),
+            effort,
             ready.n_parameters[run],
             ready.scales[run],
             ready.device,

@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What one of several jobs may take of a machine.
+
+    Parameters
+    ----------
+    ram_bytes
+        Of RAM at most; None: what is free.
+    gpu_share
+        Of a GPU's memory at most, above 0 and up to 1.
+    """
+
+    ram_bytes: int | None = None
+    gpu_share: float = 1.0
+
+    def of_ram(self, free: int) -> int:
+        """Bytes it may take where so many are free."""
+        return free if self.ram_bytes is None else min(free, self.ram_bytes)
+
+
+EVERYTHING = Allowance()
 
 
 def free_ram(root: Path = Path("/")) -> int:

@@ -1,25 +1,33 @@
-"""A run directory: begun once, held by one process at a time, gone on with after a stop."""
+"""A run directory: begun once, held by one process at a time or by one per fold, gone on with after a stop."""
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from cftrain.config import RESUMABLE, RunConfig, differences, load_config, to_toml
-from cftrain.errors import RunError
+from cftrain.errors import RunBusyError, RunError
 
 _SAME_DATA = ("data_digest", "splits_digest")
+_LOCK: Final = ".lock"
+_UNFINISHED: Final = (".config.toml", ".provenance.json", "provenance.json")
+"""What `begin` may leave where it dies; config.toml is its last word."""
 
 
 def check_new(out: Path) -> None:
-    """RunError where a directory holds files already."""
-    if out.exists() and (not out.is_dir() or any(path.name != ".lock" for path in out.iterdir())):
+    """RunError where a directory holds files already, other than those of a process that died while it began a run."""
+    if out.exists() and (not out.is_dir() or begun(out) or any(not _left_over(path.name) for path in out.iterdir())):
         message = f"{out}: holds files already; go on with --resume, or name another run directory with --out"
         raise RunError(message)
+
+
+def _left_over(name: str) -> bool:
+    return name.startswith(_LOCK) or name in _UNFINISHED
 
 
 def begin(out: Path, config: RunConfig, provenance: Mapping[str, Any]) -> None:
@@ -33,8 +41,8 @@ def begin(out: Path, config: RunConfig, provenance: Mapping[str, Any]) -> None:
     check_new(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / "provenance.json", json.dumps(provenance, indent=2) + "\n")
-        _write(out / "config.toml", to_toml(config))
+        write_text(out / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+        write_text(out / "config.toml", to_toml(config))
     except OSError as error:
         message = f"{out}: cannot write the run directory ({error.strerror})"
         raise RunError(message) from error
@@ -45,27 +53,59 @@ def begun(out: Path) -> bool:
     return (out / "config.toml").exists()
 
 
-def go_on(out: Path, config: RunConfig, provenance: Mapping[str, Any]) -> None:
-    """Check that a run that was stopped can go on with these settings and data, and note that it does.
+def settled(out: Path, config: RunConfig) -> RunConfig:
+    """The settings that a run goes on with: those asked for, and its own number of patches where that is left to it.
+
+    Where no run was begun they are those asked for.
 
     Raises
     ------
     RunError
-        Settings or data differ from those it was begun with, or provenance.json cannot be read.
+        It was begun with other settings; names them.
     ConfigError
         config.toml cannot be read.
     """
-    differing = [key for key in differences(load_config(file=out / "config.toml"), config) if key not in RESUMABLE]
+    if not begun(out):
+        return config
+    stored = load_config(file=out / "config.toml")
+    if not config.train.batch_patches:
+        train = dataclasses.replace(config.train, batch_patches=stored.train.batch_patches)
+        config = dataclasses.replace(config, train=train)
+    differing = [key for key in differences(stored, config) if key not in RESUMABLE]
     if differing:
         message = f"{out}: was begun with another {', '.join(differing)}; leave that out, or begin a run with --out"
         raise RunError(message)
+    return config
+
+
+def check_data(out: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that a run was begun on these data; returns its provenance.json.
+
+    Raises
+    ------
+    RunError
+        Labels, folds or features differ from those it was begun with, or provenance.json cannot be read.
+    """
     before = stored_provenance(out)
     changed = [key for key in _SAME_DATA if before.get(key) != provenance[key]]
     if changed:
         message = f"{out}: {' and '.join(changed)} differ: labels, folds or features changed since; begin a new run"
         raise RunError(message)
+    return before
+
+
+def go_on(out: Path, config: RunConfig, provenance: Mapping[str, Any]) -> None:
+    """Check that a run that was stopped can go on with these settings and data, and note that it does.
+
+    Raises
+    ------
+    RunError, ConfigError
+        See `settled` and `check_data`.
+    """
+    settled(out, config)
+    before = check_data(out, provenance)
     resumed = {key: provenance[key] for key in ("started", "command", "device", "git_commit", "versions")}
-    _write(
+    write_text(
         out / "provenance.json",
         json.dumps({**before, "resumed": [*before.get("resumed", []), resumed]}, indent=2) + "\n",
     )
@@ -100,23 +140,71 @@ def held(out: Path) -> Iterator[None]:
 
     Raises
     ------
-    RunError
+    RunBusyError
         One does.
+    RunError
+        The directory cannot be locked.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
+    with _locked(out, _LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        yield
+
+
+@contextmanager
+def fold_held(out: Path, fold: int) -> Iterator[None]:
+    """Keep other processes from training the same fold, or the run as a whole; other folds may be trained beside it.
+
+    Raises
+    ------
+    RunBusyError
+        One does.
+    RunError
+        The directory cannot be locked.
+    """
+    with (
+        _locked(out, f"{_LOCK}.fold_{fold}", fcntl.LOCK_EX | fcntl.LOCK_NB),
+        _locked(out, _LOCK, fcntl.LOCK_SH | fcntl.LOCK_NB),
+    ):
+        yield
+
+
+@contextmanager
+def entering(out: Path) -> Iterator[None]:
+    """One process at a time: while it begins the run, or finds that another has; the others wait.
+
+    Raises
+    ------
+    RunError
+        The directory cannot be locked.
+    """
+    with _locked(out, f"{_LOCK}.begin", fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def _locked(out: Path, name: str, how: int) -> Iterator[None]:
+    """The lock is the process's: the kernel drops it when the process dies, however it does."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / name).open(
+            "a+"
+        )  # NFS gives shared locks on what is open to be read, others on what to be written
+    except OSError as error:
+        message = f"{out}: cannot write the run directory ({error.strerror})"
+        raise RunError(message) from error
+    with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, how)
         except BlockingIOError as error:
             message = f"{out}: another process trains here; wait for it, or name another directory with --out"
-            raise RunError(message) from error
+            raise RunBusyError(message) from error
         except OSError as error:
             message = f"{out}: cannot be locked ({error.strerror}); name a directory on another file system with --out"
             raise RunError(message) from error
         yield
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole or absent."""
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -58,7 +58,7 @@ FLOORS = {
         {"teams"},
         {"experiment", "prediction", "tensorboard"},
         {"heatmap"},
-        {"forecast"},
+        {"forecast", "apart"},
         {"cli"},
         {"__main__"},
     ],
