@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -15,6 +15,7 @@ from cfstore.catalog import connect
 from cfstore.derivation import Derivation
 from cfstore.derive_job import DeriveTask, write_derived
 from cfstore.derived_reader import Places, find_derived
+from cfstore.derived_tables import unread_files
 from cfstore.engines import EngineName, open_engine
 from cfstore.errors import SlideNotFoundError
 from cfstore.ingest import prepare
@@ -47,6 +48,8 @@ class DeriveReport:
         Slides asked for; processes that worked; time taken.
     n_recovered
         Of the arrays done, those written by a worker that died before it could say so.
+    unread
+        Derived files of the store that cannot be read and count as not there, each with the reason and the remedy.
     """
 
     n_done: int
@@ -58,6 +61,7 @@ class DeriveReport:
     n_processes: int
     seconds: float
     n_recovered: int = 0
+    unread: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,8 @@ def run_derive(
             n_recovered += result.n_recovered
             for reason, slide_id in result.excluded:
                 excluded[reason].add(slide_id)
+    with connect(root) as connection:
+        unread = unread_files(connection, root)
     there = {derivation.name: len(own) for derivation, own in held.items() if own}
     return DeriveReport(
         n_done=done.total(),
@@ -216,6 +222,7 @@ def run_derive(
         n_processes=min(n_jobs, max(1, len(tasks))),
         seconds=time.monotonic() - started,
         n_recovered=n_recovered,
+        unread=unread,
     )
 
 

@@ -41,6 +41,7 @@ from cfstore.types import Bag
 
 BLOCK_BYTES: Final = 16 << 20
 """Of stored features that are read at once for a mean."""
+_CHANGED_REASON: Final = "its bags changed meanwhile; run this again"
 _FEW: Final = 16  # patches; of fewer the spacing says little about their edge
 
 
@@ -270,7 +271,7 @@ def write_derived(task: DeriveTask, tell: Callable[[], None]) -> DeriveDone:
         changed = _publish(task, list(files.values()))
     if changed is None:
         return write_derived(task, lambda: None)
-    excluded += [(CHANGED, slide_id) for slides in changed.values() for slide_id in slides]
+    excluded += [(_CHANGED_REASON, slide_id) for slides in changed.values() for slide_id in slides]
     done = {derivation: files[derivation][0].n_entries - len(changed.get(derivation, [])) for derivation in derivations}
     return DeriveDone(done, tuple(excluded))
 
@@ -307,7 +308,9 @@ def _recover(
     done = Counter(rest.done)
     for derivation, entries in published.items():
         done[derivation] += sum(entry.source != CHANGED for entry in entries)
-    changed = [(CHANGED, entry.slide_id) for own in published.values() for entry in own if entry.source == CHANGED]
+    changed = [
+        (_CHANGED_REASON, entry.slide_id) for own in published.values() for entry in own if entry.source == CHANGED
+    ]
     n_recovered = sum(len(entries) for entries in published.values()) - len(changed)
     return DeriveDone(done, (*rest.excluded, *changed), n_recovered + rest.n_recovered)
 

@@ -28,7 +28,7 @@ SUFFIX: Final = ".parquet"
 _ABOUT: Final = "cfstore.derived"
 _FORMAT: Final = 1
 CHANGED: Final = "its bags changed meanwhile; run this again"
-"""In place of the source of a slide whose bags became others while they were read."""
+"""In files, in place of the source of a slide whose bags became others while they were read; never change it."""
 
 
 @dataclass(frozen=True)

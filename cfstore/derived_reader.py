@@ -132,7 +132,7 @@ class DerivedReader:
         SlideNotFoundError
             The reader was made for other slides.
         NotDerivedError
-            The arrays are gone: deleted, or the slide was ingested with other values since.
+            The arrays are gone: deleted, or the slide was ingested with other values since; the message says which.
         StoreFormatError
             A file is not what was written.
         """
@@ -151,7 +151,13 @@ class DerivedReader:
             opened = derived_files.open_file(path, self._footers.get(place.file))
         except FileNotFoundError as error:  # a copy of it may be elsewhere
             found = find_derived(self._root, [derivation], self._encoder, [slide_id])[derivation].get(slide_id)
-            if found is None or found == place or found.source != place.source:
+            if found is not None and found.source != place.source:
+                message = (
+                    f"slide {slide_id} was ingested with other values since this reader was made; "
+                    "start again with a new one"
+                )
+                raise NotDerivedError(message) from error
+            if found is None or found == place:
                 message = (
                     f"slide {slide_id}: {path} is gone with {derivation.name}; "
                     f"run `{command(self._root, self._encoder, [derivation])}`"

@@ -74,8 +74,8 @@ def is_behind(connection: duckdb.DuckDBPyConnection) -> bool:
     if not has_table(connection, "derived"):
         return False
 
-    def differ(now: str, table: str, key: str) -> bool:
-        now, held = f"SELECT {key} FROM ({now})", f"SELECT {key} FROM {table}"
+    def differ(rows_now: str, table: str, key: str) -> bool:
+        now, held = f"SELECT {key} FROM ({rows_now})", f"SELECT {key} FROM {table}"
         query = f"SELECT count(*) FROM (({now} EXCEPT {held}) UNION ALL ({held} EXCEPT {now}))"
         return bool(connection.execute(query).fetchall()[0][0])
 
@@ -112,8 +112,8 @@ def load(
 ) -> None:
     """Take over files that appeared, forget those that went, and list what counts.
 
-    New files that cannot be read are left alone (`verify` names them; what they held counts as not derived) and
-    put into `unreadable`.
+    New files that cannot be read are left alone (`derive` and `verify` name them; what they held counts as not derived)
+    and put into `unreadable`.
     """
     known, on_disk = known_files(connection), set(published_files(root))
     for file in sorted(known - on_disk):
@@ -131,6 +131,19 @@ def load(
     connection.execute(ddl("prototypes"))
     connection.execute(f"INSERT INTO derived BY NAME {derived_now()}")
     connection.execute(f"INSERT INTO prototypes BY NAME {_PROTOTYPES_NOW}")
+
+
+def unread_files(connection: duckdb.DuckDBPyConnection, root: Path) -> dict[str, str]:
+    """Derived files on disk that the catalog did not take over because they cannot be read, each with the reason."""
+    unread = {}
+    for file in sorted(set(published_files(root)) - known_files(connection)):
+        try:
+            read_file(root, file)
+        except FileNotFoundError:
+            continue  # gone meanwhile
+        except StoreFormatError as error:
+            unread[file] = str(error)
+    return unread
 
 
 def _take_over(connection: duckdb.DuckDBPyConnection, found: DerivedFile | PrototypesFile) -> None:

@@ -12,7 +12,7 @@ from cfstore.derive import DeriveReport
 from cfstore.ingest import IngestReport
 from cfstore.plan import IngestPlan, Problem
 from cfstore.removal import CompactReport
-from cfstore.render import human_bytes, some
+from cfstore.render import SHOWN, human_bytes, some
 from cfstore.verify import VerifyReport
 
 
@@ -102,13 +102,17 @@ def describe_compact(report: CompactReport) -> str:
 
 
 def describe_derive(report: DeriveReport) -> Iterator[str]:
-    """What was computed, what was there, and what was left out and why."""
+    """What was computed, what was there, what was left out and why, and which files were ignored."""
     for name in dict.fromkeys([*report.done, *report.held]):
         done, held = report.done.get(name, 0), report.held.get(name, 0)
         parts = [f"{done} slides" if done else "", f"{held} there already" if held else ""]
         yield f"derived    {name}: {', '.join(part for part in parts if part)}"
     for reason, slides in report.excluded.items():
         yield f"left out   {len(slides)} slides, {reason}: {some(slides)}"
+    unread = list(report.unread.values())
+    yield from (f"ignored    {reason}" for reason in unread[:SHOWN])
+    if unread[SHOWN:]:
+        yield f"ignored    {len(unread) - SHOWN} more such files; all of them with --json or `cfstore verify`"
     if not report.n_done:
         what = "nothing to compute" + (": all of it is in the store already" if not report.excluded else "")
         yield f"done       {what}"

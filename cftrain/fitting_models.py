@@ -83,12 +83,13 @@ def _ground(store: Path, config: DataConfig) -> _Ground:
     encoder = opened.choose_encoder(named, config.encoder or None, where)
     scales = opened.encoders_of(named, where)[encoder]
     without = slides_without_coordinates(opened, encoder)
-    located = {}
-    for scale in scales:
-        cohort = opened.cohort(named, encoder=encoder, scales=[scale], where=where)
-        n_located = sum(slide.slide_id not in without.get(scale, ()) for slide in cohort.slides)
-        located[scale] = (n_located, len(cohort.slides))
-    return _Ground(encoder, cohort.dim, scales, located, bool(config.shards))
+    cohorts = {scale: opened.cohort(named, encoder=encoder, scales=[scale], where=where) for scale in scales}
+    located = {
+        scale: (sum(slide.slide_id not in without.get(scale, ()) for slide in cohort.slides), len(cohort.slides))
+        for scale, cohort in cohorts.items()
+    }
+    dim = cohorts[scales[0]].dim  # an encoder's, hence the same at every scale
+    return _Ground(encoder, dim, scales, located, bool(config.shards))
 
 
 def _reason(config: RunConfig, ground: _Ground) -> str:

@@ -98,7 +98,9 @@ def resumed(
 
 
 def _begun_in(out: Path) -> list[Path]:
-    found = [out] if begun(out) else sorted(path.parent for path in out.glob("*/config.toml"))
+    if begun(out):
+        return [out]  # folders in it may hold locks of their own
+    found = sorted(path.parent for path in out.glob("*/config.toml"))
     if not found:
         message = f"{out}: no run to go on with (no config.toml); begin one with `cftrain run --out {out}`"
         raise RunError(message)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
@@ -51,19 +52,42 @@ def _write_rows(rows: Any, form: str, output: Path | None) -> None:
     import pyarrow.csv
     import pyarrow.parquet
 
-    if form in ("csv", "parquet"):
-        write = pyarrow.csv.write_csv if form == "csv" else pyarrow.parquet.write_table
-        write(rows, str(output) if output else sys.stdout.buffer)
+    if output is None and form in ("json", "table"):
+        click.echo(_as_text(rows, form))
         return
+    with _opened(output) as file:
+        if form == "csv":
+            pyarrow.csv.write_csv(rows, file)
+        elif form == "parquet":
+            pyarrow.parquet.write_table(rows, file)
+        else:
+            file.write((_as_text(rows, form) + "\n").encode())
+
+
+def _as_text(rows: Any, form: str) -> str:
     if form == "json":
-        text = json.dumps(plain(rows.to_pylist()), indent=2)
-    else:
-        columns = [rows.column(i).to_pylist() for i in range(rows.num_columns)]
-        text = text_table(rows.column_names, list(zip(*columns, strict=True)))
-    if output:
-        output.write_text(text + "\n")
-    else:
-        click.echo(text)
+        return json.dumps(plain(rows.to_pylist()), indent=2)
+    columns = [rows.column(i).to_pylist() for i in range(rows.num_columns)]
+    return text_table(rows.column_names, list(zip(*columns, strict=True)))
+
+
+@contextmanager
+def _opened(output: Path | None) -> Iterator[BinaryIO]:
+    """A file to write, else stdout; where it cannot be written that is said, and no part of it stays."""
+    if output is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    opened = False
+    try:
+        with output.open("wb") as file:
+            opened = True
+            yield file
+    except OSError as error:
+        if opened and output.is_file():
+            output.unlink()
+        message = f"{output}: cannot be written ({error.strerror or error}); name another file with -o, or free space"
+        raise click.ClickException(message) from error
 
 
 @click.command()

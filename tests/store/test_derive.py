@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from grids import grid
 
 import cfstore
 from cfstore import (
@@ -40,11 +41,6 @@ NEAR, MEAN, UP = Derivation.nearest(20, 3), Derivation.mean(20), Derivation.pare
 SIMILAR = Derivation.similar(10, 2)
 ALL = (NEAR, MEAN, UP, SIMILAR)
 UNI = IngestOptions(encoder="uni")
-
-
-def grid(width: int, height: int, edge: int) -> Any:
-    places = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).reshape(-1, 2)
-    return (places * edge).astype(np.int32)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from grids import grid
 
 import cfstore
 from cfstore import (
@@ -31,6 +33,7 @@ from cfstore import (
 )
 from cfstore.cli import main
 from cfstore.derive_job import patch_edges
+from cfstore.derived_files import DerivedFile, read_file
 from cfstore.errors import StoreWriteError
 from cfstore.neighbours import similar_patches
 from cfstore.shards.files import BLANK_DIGEST, sign
@@ -41,18 +44,15 @@ NEAR, MEAN, UP = Derivation.nearest(20, 3), Derivation.mean(20), Derivation.pare
 UNI = IngestOptions(encoder="uni")
 
 
-def grid(width: int, edge: int) -> Any:
-    places = np.stack(np.meshgrid(np.arange(width), np.arange(width)), axis=-1).reshape(-1, 2)
-    return (places * edge).astype(np.int32)
-
-
 @pytest.fixture
 def filled(tmp_path: Path, store: Store, make_clam_h5: Make) -> Store:
     """Two slides, 8 x 8 patches at 20x and 4 x 4 at 10x."""
     for slide in ("s1", "s2"):
         for scale in (20, 10):
             path = tmp_path / "uni" / f"x{scale}" / "h5_files" / f"{slide}.h5"
-            make_clam_h5(path, n_patches=(2 * scale // 5) ** 2, coords=grid(2 * scale // 5, 5120 // scale))
+            make_clam_h5(
+                path, n_patches=(2 * scale // 5) ** 2, coords=grid(2 * scale // 5, 2 * scale // 5, 5120 // scale)
+            )
     store.ingest(tmp_path / "uni")
     return store
 
@@ -74,7 +74,7 @@ def file_names(root: Path) -> set[str]:
 def ingest_other_values(store: Store, base: Path, make_clam_h5: Make) -> None:
     store.remove(["s1"])
     for scale in (20, 10):
-        make_clam_h5(base / f"x{scale}" / "h5_files" / "s1.h5", 9, coords=grid(3, 5120 // scale))
+        make_clam_h5(base / f"x{scale}" / "h5_files" / "s1.h5", 9, coords=grid(3, 3, 5120 // scale))
     store.ingest(base, UNI)
 
 
@@ -124,7 +124,7 @@ def test_open_readers_keep_to_the_bags_they_were_made_for_or_say_that_these_are_
     for path in filled.path.glob("derived/uni/*/*.parquet"):
         path.unlink()
     filled.derive([NEAR])
-    with pytest.raises(NotDerivedError, match="slide s1"):
+    with pytest.raises(NotDerivedError, match=r"slide s1 .* other values .* start again with a new one"):
         of_one.read("s1")
     assert len(derived.read("s2")[NEAR]) == 64
 
@@ -140,7 +140,7 @@ def test_a_declared_edge_that_is_none_counts_as_not_declared(
         folder = tmp_path / "t" / f"{scale}x_256px_0px_overlap" / "features_uni_v1"
         make_trident_h5(folder / "s.h5", scale, (2 * scale // 5) ** 2)
         with h5py.File(folder / "s.h5", "r+") as file:
-            file["coords"][:] = grid(2 * scale // 5, 5120 // scale)
+            file["coords"][:] = grid(2 * scale // 5, 2 * scale // 5, 5120 // scale)
             file["coords"].attrs["patch_size_level0"] = declared
     store.ingest(tmp_path / "t")
     assert store.derive([UP]).n_done == 1
@@ -151,9 +151,9 @@ def test_a_declared_edge_that_is_none_counts_as_not_declared(
 
 def test_of_few_patches_the_scale_that_lies_closest_says_the_edges() -> None:
     """Four patches at 20x with gaps of one patch: their spacing, 512, is twice their edge."""
-    places = {20: grid(2, 512), 10: grid(3, 512)}
+    places = {20: grid(2, 2, 512), 10: grid(3, 3, 512)}
     assert patch_edges(places, {}) == {20: 256.0, 10: 512.0}
-    assert patch_edges({20: grid(2, 256), 10: grid(2, 1024)}, {}) == {20: 256.0, 10: 512.0}
+    assert patch_edges({20: grid(2, 2, 256), 10: grid(2, 2, 1024)}, {}) == {20: 256.0, 10: 512.0}
 
 
 # -- prototypes ----------------------------------------------------------------------------------
@@ -207,6 +207,34 @@ def test_a_file_that_cannot_be_read_stops_no_command_and_verify_names_it(
     assert (finding.shard, "delete it" in finding.message) == (stray.relative_to(filled.path).as_posix(), True)
 
 
+def test_derive_names_the_files_that_it_ignores(filled: Store) -> None:
+    assert filled.derive([NEAR]).unread == {}
+    folder = filled.path / "derived" / "uni" / NEAR.name
+    names = [f"stray{number}.parquet" for number in range(9)]
+    for name in names:
+        (folder / name).write_bytes(b"PAR1 cut short")
+    for derivation in (MEAN, MEAN):  # one run that writes, and one that finds all of it there
+        report = filled.derive([derivation])
+        assert [Path(file).name for file in report.unread] == names
+        for file, reason in report.unread.items():
+            assert reason.startswith(f"{filled.path / file}: damaged")
+            assert "delete it" in reason
+    said = CliRunner().invoke(main, ["derive", MEAN.name, "--store", str(filled.path)]).output
+    ignored = [line for line in said.splitlines() if line.startswith("ignored    ")]
+    assert f"{folder / 'stray0.parquet'}: damaged" in ignored[0]
+    n_named = len([line for line in ignored if "stray" in line])
+    assert ignored[-1].startswith(f"ignored    {9 - n_named} more such files")
+    told = CliRunner().invoke(main, ["derive", MEAN.name, "--store", str(filled.path), "--json"]).stdout
+    assert [Path(file).name for file in json.loads(told)["unread"]] == names
+
+
+def test_files_that_are_whole_and_only_not_registered_yet_are_not_called_unreadable(filled: Store) -> None:
+    filled.derive([NEAR])
+    [path] = filled.path.glob("derived/uni/*/*.parquet")
+    shutil.copy(path, path.with_name("again.parquet"))
+    assert filled.derive([NEAR]).unread == {}
+
+
 def test_a_file_of_a_newer_version_is_not_called_damaged(filled: Store) -> None:
     filled.derive([NEAR])
     [path] = filled.path.glob("derived/uni/*/*.parquet")
@@ -246,6 +274,12 @@ def test_a_slide_whose_bags_change_while_it_is_computed_is_not_counted(
     report = filled.derive([NEAR], jobs=1)
     assert report.done == {NEAR.name: 1}
     assert report.excluded == {"its bags changed meanwhile; run this again": ("s1",)}
+    [file] = file_names(filled.path)
+    held = read_file(filled.path, file)
+    assert isinstance(held, DerivedFile)
+    # these bytes are in files that were written earlier
+    marked = [entry.slide_id for entry in held.entries if entry.source == "its bags changed meanwhile; run this again"]
+    assert marked == ["s1"]
     assert filled.underived([NEAR], "uni", ["s1", "s2"]) == {NEAR: ["s1"]}
 
 
@@ -262,7 +296,7 @@ def test_minus_zero_is_zero_among_similar_patches() -> None:
     assert found.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1], [0, 1]]
 
 
-def test_looking_for_what_is_behind_costs_little_at_fifty_thousand_slides(tmp_path: Path) -> None:
+def test_fifty_thousand_rows_are_behind_until_they_are_listed_and_not_after(tmp_path: Path) -> None:
     with duckdb.connect(tmp_path / "c.duckdb") as connection:
         catalog._create_tables(connection)
         assert not derived_tables.is_behind(connection)

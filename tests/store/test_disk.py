@@ -130,3 +130,39 @@ def test_a_read_only_disk_can_be_read_verified_and_says_what_to_do(tmp_path: Pat
         store.remove(["a"])
     assert os.statvfs(disk).f_flag & os.ST_RDONLY
     assert np.frombuffer(values(store)["a"], np.float16).size
+
+
+# -- answers written to a file -------------------------------------------------------------------
+
+FORMATS = ("table", "csv", "json", "parquet")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_answer_that_finds_no_room_is_said_in_one_line_that_names_the_file(form: str, store: Store) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    words = ["sql", "SELECT * FROM bags", "--format", form, "-o", "/dev/full", "--store", str(store.path)]
+    result = CliRunner().invoke(main, words)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1), result.stderr
+    assert result.stderr.startswith("Error: /dev/full: cannot be written (No space left on device)")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_part_of_an_answer_stays_where_there_was_no_room_for_all_of_it(
+    form: str, tmp_path: Path, store: Store, disk: Path
+) -> None:
+    fill(disk, 64 * KIB)
+    out = disk / "answer"
+    query = "SELECT md5(n::VARCHAR) AS one, md5((-n)::VARCHAR) AS other FROM range(20000) AS t(n)"
+    result = CliRunner().invoke(main, ["sql", query, "--format", form, "-o", str(out), "--store", str(store.path)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {out}: cannot be written (No space left on device)")
+    assert not out.exists()
+
+
+def test_an_answer_to_a_folder_that_is_not_there_is_said_in_one_line(tmp_path: Path, store: Store) -> None:
+    out = tmp_path / "missing" / "answer.csv"
+    words = ["sql", "SELECT 1 AS one", "--format", "csv", "-o", str(out), "--store", str(store.path)]
+    result = CliRunner().invoke(main, words)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1), result.stderr
+    assert result.stderr.startswith(f"Error: {out}: cannot be written (No such file or directory)")

@@ -157,6 +157,15 @@ def test_runs_of_which_some_were_never_begun_are_not_gone_on_with_in_silence(dem
     assert resumed(tmp_path / "both", tmp_path, None, {}, ()).outs == (tmp_path / "both" / "seed_7",)
 
 
+def test_folders_that_are_locked_inside_of_a_run_are_no_runs_of_their_own(tmp_path):
+    out = tmp_path / "run"
+    run_directory.begin(out, load_config(flags={"data.cohort": "C"}), {"store": str(tmp_path / "store")})
+    (out / "fold_1").mkdir()
+    (out / "fold_1" / ".lock").touch()
+    for where, runs in ((out, tmp_path), (None, tmp_path)):
+        assert resumed(where, runs, None, {}, ()).outs == (out,)
+
+
 def test_a_terminal_shows_every_fold_and_how_long_it_takes_and_a_pipe_shows_plain_lines(capsys):
     epoch = SimpleNamespace(epoch=1, train_loss=1.25, val_loss=1.5, c_index_patient=0.7, skipped=())
     work = SimpleNamespace(n_slides=50, wait_seconds=1.0, compute_seconds=9.0)
