@@ -46,8 +46,9 @@ class DeriveReport:
         Slides that something cannot be derived of, by reason.
     n_slides, n_processes, seconds
         Slides asked for; processes that worked; time taken.
-    n_recovered
-        Of the arrays done, those written by a worker that died before it could say so.
+    n_restarted, n_recovered
+        Tasks that were given out again because a worker died; of the arrays done, those written by one that died before
+        it could say so.
     unread
         Derived files of the store that cannot be read and count as not there, each with the reason and the remedy.
     """
@@ -60,6 +61,7 @@ class DeriveReport:
     n_slides: int
     n_processes: int
     seconds: float
+    n_restarted: int = 0
     n_recovered: int = 0
     unread: Mapping[str, str] = field(default_factory=dict)
 
@@ -221,6 +223,7 @@ def run_derive(
         n_slides=len(slide_ids),
         n_processes=min(n_jobs, max(1, len(tasks))),
         seconds=time.monotonic() - started,
+        n_restarted=run.n_restarted,
         n_recovered=n_recovered,
         unread=unread,
     )

@@ -64,14 +64,21 @@ def describe_report(report: IngestReport) -> Iterator[str]:
         f"{human_bytes(report.source_bytes)} -> {human_bytes(report.stored_bytes)}{ratio}, "
         f"{report.seconds:.1f} s, {human_bytes(speed)}/s"
     )
-    if report.n_recovered:
-        yield f"note       {report.n_recovered} of these slides were written by workers that died before they answered"
+    yield from _describe_deaths(report.n_restarted, f"{report.n_recovered} slides")
     if report.n_without_coords:
         yield f"note       {report.n_without_coords} of {report.n_bags} bags have no coordinates in their files"
     if report.problems:
         yield f"errors     {len({problem.slide_id for problem in report.problems})} slides left out:"
     for problem in report.problems:
         yield f"left out   {problem.slide_id}: {problem.error}"
+
+
+def _describe_deaths(n_restarted: int, recovered: str) -> Iterator[str]:
+    if n_restarted:
+        yield (
+            f"note       workers died: {n_restarted} tasks were given out again; "
+            f"{recovered} had been written already and count once"
+        )
 
 
 def describe_verify(report: VerifyReport) -> Iterator[str]:
@@ -119,8 +126,7 @@ def describe_derive(report: DeriveReport) -> Iterator[str]:
         return
     processes = f" in {report.n_processes} processes" if report.n_processes > 1 else ""
     yield f"done       {report.n_done} arrays of {report.n_slides} slides, {report.seconds:.1f} s{processes}"
-    if report.n_recovered:
-        yield f"note       {report.n_recovered} of these arrays were written by workers that died before they answered"
+    yield from _describe_deaths(report.n_restarted, f"{report.n_recovered} arrays")
 
 
 def plan_json(plan: IngestPlan) -> dict[str, Any]:

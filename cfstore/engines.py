@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, TypeVar, get_args
+from typing import Final, Literal, Protocol, TypeVar, get_args
 
 from cfstore.errors import EngineError
 from cfstore.processes import Tell, side_by_side
@@ -25,6 +25,10 @@ class Engine(Protocol):
     def n_slots(self) -> int | None:
         """How many tasks fill it; None: as many as this machine has cores."""
 
+    @property
+    def n_restarted(self) -> int:
+        """How often a task was given out again because its worker died."""
+
     def __call__(
         self, function: Callable[[Task, Tell], Result], tasks: Sequence[Task], jobs: int, on_step: Tell
     ) -> Iterator[Result]: ...
@@ -34,6 +38,7 @@ class LocalEngine:
     """Processes on this machine; with one job, this very process."""
 
     n_slots: int | None = None
+    n_restarted = 0
 
     def __call__(
         self, function: Callable[[Task, Tell], Result], tasks: Sequence[Task], jobs: int, on_step: Tell
@@ -60,5 +65,4 @@ def open_engine(
         yield LocalEngine()
         return
     with ray_engine(root, address, files=files, memory=memory, need=need) as engine:
-        checked: Any = engine
-        yield checked
+        yield engine

@@ -34,7 +34,8 @@ TASK_MEMORY: Final = 1 << 30
 class IngestReport:
     """What an ingest did.
 
-    `n_recovered` of the slides had been written by a worker that died before it could say so.
+    `n_restarted` tasks were given out again because a worker died; `n_recovered` of the slides had been written by one
+    that died before it could say so.
     """
 
     n_slides: int
@@ -47,6 +48,7 @@ class IngestReport:
     source_bytes: int
     stored_bytes: int
     seconds: float
+    n_restarted: int = 0
     n_recovered: int = 0
 
 
@@ -146,7 +148,8 @@ def run_ingest(
         jobs = choose_jobs(plan, jobs, run.n_slots)
         tasks = _tasks(root, plan, ShardRecord("", form, "", 0, plan.dtype, codec, ""), cohort, on_error, jobs)
         shards = list(run(write_shard, tasks, jobs, step))
-    return _report(plan, shards, min(jobs, max(1, len(tasks))), time.monotonic() - started)
+    report = _report(plan, shards, min(jobs, max(1, len(tasks))), time.monotonic() - started)
+    return replace(report, n_restarted=run.n_restarted)
 
 
 def _absolute(job: SlideJob) -> SlideJob:

@@ -70,10 +70,23 @@ def ray_cluster(address: str | None = None, *, need: str = "this") -> Iterator[A
     except Exception as error:  # of many classes, and none of them says what to do
         ray.shutdown()
         raise EngineError(f"{need}: no connection to Ray {where} ({_one_line(error)}); {_REMEDY}") from error
+    with _silent(ray):
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _silent(ray: Any) -> Iterator[None]:
+    """Ray prints deaths of workers and nodes to stdout, whatever `log_to_driver` says: into the JSON of commands."""
+    worker = ray._private.worker
+    before = getattr(worker, "_worker_logs_enabled", True)
+    worker._worker_logs_enabled = False
     try:
-        yield ray
+        yield
     finally:
-        ray.shutdown()
+        worker._worker_logs_enabled = before
 
 
 _REMEDY: Final = (

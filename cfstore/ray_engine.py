@@ -8,6 +8,8 @@ is. Results are records of what lies on shared storage, never arrays.
 from __future__ import annotations
 
 import os
+import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from uuid import uuid4
 
 from cfstore.errors import EngineError, StoreError
 from cfstore.locks import PROBE_PREFIX, disk_errors, hold
-from cfstore.processes import Tell
+from cfstore.processes import StoppedError, Tell
 from cfstore.ray_connection import check_code, code_version, node_name, ray_cluster
 from cfstore.schema import read_header
 
@@ -95,31 +97,46 @@ def _attempt(code: str, view: View, packed: bytes, number: int, mailbox: Any) ->
     """Runs on a node. `packed` is unpacked only when the code that it names is known to be the same."""
     from ray import cloudpickle
 
+    mailbox.put.remote(number, 0)
     check_code(code)
     check_view(view)
     function, task = cloudpickle.loads(packed)
-    steps = 0
+    steps, stop = 0, False
 
     def tell() -> None:
         nonlocal steps
+        if stop:
+            raise StoppedError
         steps += 1
         mailbox.put.remote(number, steps)
 
-    return steps, function(task, tell)
+    def interrupt(*_: object) -> None:  # Ray's way to cancel; never in the middle of a step, as it publishes shards
+        nonlocal stop
+        stop = True
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        result = function(task, tell)
+        return steps, result
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Mailbox:
-    """Runs beside the process that gave out the work: how far the tasks are."""
+    """Runs beside the process that gave out the work: how far the tasks are, and how often each began."""
 
     def __init__(self) -> None:
         self._steps: dict[int, int] = {}
+        self._starts: Counter[int] = Counter()
 
     def put(self, number: int, steps: int) -> None:
+        self._starts[number] += steps == 0
         self._steps[number] = steps
 
-    def take(self) -> dict[int, int]:
+    def take(self) -> tuple[dict[int, int], int]:
+        """Steps of tasks that told any since the last time; how many starts were not the first, in all."""
         taken, self._steps = self._steps, {}
-        return taken
+        return taken, self._starts.total() - len(self._starts)
 
 
 @dataclass
@@ -136,17 +153,19 @@ class _Progress:
             self.most[number] = max(count, self.most.get(number, 0))
 
 
-@dataclass(frozen=True)
+@dataclass
 class RayEngine:
     """Runs tasks of a store on Ray; `n_slots` at once fill the cluster. Use `ray_engine`.
 
     `memory` are bytes that a task reserves: Ray puts no more tasks on a node than its memory has room for.
+    `n_restarted` counts how often a task was given out again because its worker died.
     """
 
     ray: Any
     view: View
     memory: int
     n_slots: int
+    n_restarted: int = 0
 
     def __call__(
         self, function: Callable[[Task, Tell], Result], tasks: Sequence[Task], jobs: int, on_step: Tell
@@ -180,7 +199,8 @@ class RayEngine:
             while pending:
                 done, _ = ray.wait(list(pending), timeout=_POLL_SECONDS)
                 with suppress(ray.exceptions.RayError):  # a step more or less: it is told again with the result
-                    progress.reached(ray.get(mailbox.take.remote(), timeout=_CANCEL_SECONDS))
+                    steps_of, self.n_restarted = ray.get(mailbox.take.remote(), timeout=_CANCEL_SECONDS)
+                    progress.reached(steps_of)
                 for ref in done:
                     steps, result = self._result(ref)
                     progress.reached({pending.pop(ref): steps})
