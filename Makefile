@@ -38,7 +38,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not ray"
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 docs: $(VENV)/.ready
 	$(BIN)/python tools/write_docs.py

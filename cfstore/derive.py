@@ -27,7 +27,7 @@ _MAX_PROCESSES: Final = 16
 _FILES_PER_PROCESS: Final = 3
 _WORK_PER_PROCESS: Final = 1 << 29  # multiplications; less is done sooner than a process starts
 TASK_MEMORY: Final = 1 << 30
-SIMILAR_MEMORY: Final = 4 << 30
+SIMILAR_MEMORY: Final = 2 << 30
 """Bytes that a Ray task reserves; more where it compares all features of a slide: see docs/cluster.md."""
 _WORK_PER_FILE: Final = 1 << 44  # some minutes: more is not put at stake before it is on disk
 
@@ -203,7 +203,7 @@ def run_derive(
         if jobs is None and similar and run.n_slots is None:
             n_jobs = 1  # its matrix products have a thread per core
         tasks = [
-            DeriveTask(root, encoder, {slide_id: tuple(todo[slide_id]) for slide_id in part})
+            DeriveTask(root, encoder, {slide_id: tuple(todo[slide_id]) for slide_id in part}, patience=run.patience)
             for part in _parts(order, work, n_jobs)
         ]
         for result in run(write_derived, tasks, n_jobs, step):
@@ -211,6 +211,8 @@ def run_derive(
             n_recovered += result.n_recovered
             for reason, slide_id in result.excluded:
                 excluded[reason].add(slide_id)
+        if run.n_restarted:
+            prepare(root)  # sweeps away what the dead were writing
     with connect(root) as connection:
         unread = unread_files(connection, root)
     there = {derivation.name: len(own) for derivation, own in held.items() if own}

@@ -33,7 +33,7 @@ from cfstore.derived_files import (
 from cfstore.derived_tables import SOURCE
 from cfstore.errors import ShapeError
 from cfstore.halves import widened
-from cfstore.locks import discard, disk_errors, hold, write_lock
+from cfstore.locks import LOCK_SECONDS, discard, disk_errors, hold, write_lock
 from cfstore.neighbours import nearest_patches, similar_patches
 from cfstore.reader import SlideReader
 from cfstore.shards import TEMPORARY_PREFIX, sync
@@ -47,12 +47,16 @@ _FEW: Final = 16  # patches; of fewer the spacing says little about their edge
 
 @dataclass(frozen=True)
 class DeriveTask:
-    """Of which slides of an encoder what is to be derived; `name` is that of the files."""
+    """Of which slides of an encoder what is to be derived; `name` is that of the files.
+
+    `patience`: for how many seconds the task waits while others register.
+    """
 
     root: Path
     encoder: str
     slides: Mapping[str, tuple[Derivation, ...]]
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+    patience: float = LOCK_SECONDS
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ def sources_of(root: Path, encoder: str, derivation: Derivation, slide_ids: Iter
 
 
 @contextmanager
-def new_file(path: Path, root: Path) -> Iterator[Path]:
+def new_file(path: Path, root: Path, patience: float = LOCK_SECONDS) -> Iterator[Path]:
     """A temporary file that will be `path`, locked against `sweep` and removed at the end if it is still there.
 
     No two processes share one, even where they work on the same file.
@@ -213,7 +217,7 @@ def new_file(path: Path, root: Path) -> Iterator[Path]:
     with disk_errors(root):
         held = ExitStack()
         try:
-            with write_lock(root):
+            with write_lock(root, patience):
                 temporary.parent.mkdir(parents=True, exist_ok=True)
                 temporary.touch()
                 held.enter_context(hold(temporary))
@@ -255,7 +259,9 @@ def write_derived(task: DeriveTask, tell: Callable[[], None]) -> DeriveDone:
         files: dict[Derivation, tuple[DerivedWriter, Path]] = {}
         for derivation in derivations:
             path = _path(task, derivation)
-            writer = DerivedWriter(stack.enter_context(new_file(path, task.root)), task.encoder, derivation)
+            writer = DerivedWriter(
+                stack.enter_context(new_file(path, task.root, task.patience)), task.encoder, derivation
+            )
             stack.callback(writer.close)
             files[derivation] = writer, path
         for slide_id, wanted in task.slides.items():
@@ -293,7 +299,7 @@ def _recover(
     task: DeriveTask, published: Mapping[Derivation, tuple[DerivedEntry, ...]], tell: Callable[[], None]
 ) -> DeriveDone:
     """Answer for an earlier attempt, and compute what it had left out: to find out again why."""
-    with write_lock(task.root):
+    with write_lock(task.root, task.patience):
         catalog.reconcile(task.root)
     held = {derivation: {entry.slide_id for entry in entries} for derivation, entries in published.items()}
     wanted = {
@@ -321,7 +327,7 @@ def _publish(task: DeriveTask, files: list[tuple[DerivedWriter, Path]]) -> dict[
     changed: dict[Derivation, list[str]] = {}
     if not filled:
         return changed
-    with write_lock(task.root):
+    with write_lock(task.root, task.patience):
         if any(path.exists() for _, path in filled):
             return None
         for writer, path in filled:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, Literal, Protocol, TypeVar, get_args
 
 from cfstore.errors import EngineError
+from cfstore.locks import LOCK_SECONDS
 from cfstore.processes import Tell, side_by_side
 from cfstore.ray_engine import ray_engine
 
@@ -26,6 +27,10 @@ class Engine(Protocol):
         """How many tasks fill it; None: as many as this machine has cores."""
 
     @property
+    def patience(self) -> float:
+        """For how many seconds a task waits while others register what they wrote."""
+
+    @property
     def n_restarted(self) -> int:
         """How often a task was given out again because its worker died."""
 
@@ -38,6 +43,7 @@ class LocalEngine:
     """Processes on this machine; with one job, this very process."""
 
     n_slots: int | None = None
+    patience = LOCK_SECONDS
     n_restarted = 0
 
     def __call__(

@@ -146,8 +146,12 @@ def run_ingest(
         engine, address = "local", None
     with open_engine(engine, address, root=root, files=files, memory=TASK_MEMORY, need=need) as run:
         jobs = choose_jobs(plan, jobs, run.n_slots)
-        tasks = _tasks(root, plan, ShardRecord("", form, "", 0, plan.dtype, codec, ""), cohort, on_error, jobs)
+        tasks = _tasks(
+            root, plan, ShardRecord("", form, "", 0, plan.dtype, codec, ""), cohort, on_error, jobs, run.patience
+        )
         shards = list(run(write_shard, tasks, jobs, step))
+        if run.n_restarted:
+            prepare(root)  # sweeps away what the dead were writing
     report = _report(plan, shards, min(jobs, max(1, len(tasks))), time.monotonic() - started)
     return replace(report, n_restarted=run.n_restarted)
 
@@ -157,7 +161,7 @@ def _absolute(job: SlideJob) -> SlideJob:
 
 
 def _tasks(
-    root: Path, plan: IngestPlan, head: ShardRecord, cohort: str | None, on_error: OnError, jobs: int
+    root: Path, plan: IngestPlan, head: ShardRecord, cohort: str | None, on_error: OnError, jobs: int, patience: float
 ) -> list[ShardTask]:
     """The largest first, so that none is left over at the end."""
     values = plan.feature_bytes // np.dtype(ARRAY_DTYPE[plan.dtype]).itemsize
@@ -170,6 +174,7 @@ def _tasks(
             folder=plan.folder.resolve().name,
             on_error=on_error,
             load_torch=values * 4 // jobs > WORTH_TORCH,
+            patience=patience,
         )
         for batch in sorted(_batches(plan, jobs), key=lambda batch: -sum(job.n_rows for job in batch))
     ]

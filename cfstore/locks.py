@@ -1,7 +1,8 @@
 """One writer at a time: an advisory lock on the store, held only while it registers.
 
 The lock belongs to the process: the kernel drops it when the process dies, so nothing stale is
-left to remove by hand.
+left to remove by hand. Only files that are opened for writing are locked, never folders: that is
+what NFS keeps between machines.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from cfstore.schema import LOCK_FILE
 
 PROBE_PREFIX: Final = ".probe-"
 """Of files that show other machines that they see this very store; locked while somebody may ask."""
+LOCK_SECONDS: Final = 60.0
+_GUARD: Final = ".guard"
 _POLL_SECONDS: Final = 0.05
 
 
@@ -33,7 +36,7 @@ def try_lock(handle: int) -> bool:
 
 
 @contextmanager
-def write_lock(root: Path, timeout: float = 60.0) -> Iterator[None]:
+def write_lock(root: Path, timeout: float = LOCK_SECONDS) -> Iterator[None]:
     """Hold the store's write lock.
 
     Raises
@@ -79,18 +82,25 @@ def disk_errors(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _holding(handle: int) -> Iterator[None]:
+def _holding(handle: int, guard: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
+        if guard:
+            guard.unlink(missing_ok=True)
         os.close(handle)
 
 
+def _guard_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + _GUARD)
+
+
 def hold(path: Path) -> AbstractContextManager[None]:
-    """Lock a file or folder now, until the returned context ends: `sweep` leaves it alone meanwhile."""
-    handle = os.open(path, os.O_RDONLY)
+    """Lock a file, or a folder by a file beside it, now and until the context ends: `sweep` leaves it alone so long."""
+    guard = _guard_of(path) if path.is_dir() else None
+    handle = os.open(guard or path, os.O_RDWR | (os.O_CREAT if guard else 0), 0o666)
     try_lock(handle)
-    return _holding(handle)
+    return _holding(handle, guard)
 
 
 def sweep(folder: Path, prefix: str) -> int:
@@ -98,7 +108,7 @@ def sweep(folder: Path, prefix: str) -> int:
     removed = 0
     for leftover in sorted(folder.glob(f"{prefix}*")):
         try:
-            handle = os.open(leftover, os.O_RDONLY)
+            handle = _open_lock(leftover)
         except FileNotFoundError:
             continue  # its writer was faster
         try:
@@ -108,6 +118,14 @@ def sweep(folder: Path, prefix: str) -> int:
         finally:
             os.close(handle)
     return removed
+
+
+def _open_lock(leftover: Path) -> int:
+    if not leftover.is_dir():
+        return os.open(leftover, os.O_RDWR)
+    with suppress(FileNotFoundError):
+        return os.open(_guard_of(leftover), os.O_RDWR)
+    return os.open(leftover, os.O_RDONLY)  # nobody's; or of a version that locked folders
 
 
 def discard(path: Path) -> None:

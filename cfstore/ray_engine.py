@@ -29,6 +29,7 @@ Result = TypeVar("Result")
 
 RETRIES: Final = 3
 """How often a task is given out again after its worker died."""
+_PATIENCE_SECONDS: Final = 1800.0  # hundreds of tasks may finish at once, and a machine that died lets go late
 _POLL_SECONDS: Final = 0.2
 _CANCEL_SECONDS: Final = 60.0
 _GIB: Final = 1 << 30
@@ -166,6 +167,7 @@ class RayEngine:
     memory: int
     n_slots: int
     n_restarted: int = 0
+    patience: float = _PATIENCE_SECONDS
 
     def __call__(
         self, function: Callable[[Task, Tell], Result], tasks: Sequence[Task], jobs: int, on_step: Tell

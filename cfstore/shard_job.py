@@ -22,7 +22,7 @@ from cfstore import catalog
 from cfstore.convert import Affine, BagConverter, RangeMeter
 from cfstore.errors import SourceError, UnreadableFileError
 from cfstore.halves import prefer_torch
-from cfstore.locks import discard, disk_errors, hold, write_lock
+from cfstore.locks import LOCK_SECONDS, discard, disk_errors, hold, write_lock
 from cfstore.parsers import BagHead, BagSource, open_bag
 from cfstore.plan import Problem, SlideJob, raise_problems
 from cfstore.schema import FEATURES_DIR
@@ -47,6 +47,7 @@ class ShardTask:
     """What to write: `head` is the shard without slides and name, `folder` the ingested folder's name.
 
     `load_torch`: the process has so much to convert that importing torch for it pays. `name` ends the shard's name.
+    `patience`: for how many seconds the task waits while others register.
     """
 
     root: Path
@@ -57,6 +58,7 @@ class ShardTask:
     on_error: OnError
     load_torch: bool
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    patience: float = LOCK_SECONDS
 
 
 @dataclass(frozen=True)
@@ -160,13 +162,15 @@ def _write_slide(writer: ShardWriter, task: ShardTask, job: SlideJob) -> SlideRe
 
 
 @contextmanager
-def new_shard(root: Path, head: ShardRecord, slide_rows: list[int]) -> Iterator[tuple[ShardWriter, Path]]:
+def new_shard(
+    root: Path, head: ShardRecord, slide_rows: list[int], patience: float = LOCK_SECONDS
+) -> Iterator[tuple[ShardWriter, Path]]:
     """A writer and its temporary place, locked against `sweep` and removed at the end if it is still there."""
     temporary = root / FEATURES_DIR / head.encoder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}{SUFFIXES[head.format]}"
     with disk_errors(root):
         writer, held = None, nullcontext()  # type: ShardWriter | None, Any
         try:
-            with write_lock(root):
+            with write_lock(root, patience):
                 writer = open_writer(temporary, head, slide_rows)
                 held = hold(temporary)
             with held:
@@ -208,7 +212,7 @@ def _published(task: ShardTask) -> ShardRecord | None:
 
 def _recover(task: ShardTask, record: ShardRecord, tell: Callable[[], None]) -> ShardDone:
     """Answer for an earlier attempt, and write what it had left out: to find out again why."""
-    with write_lock(task.root):
+    with write_lock(task.root, task.patience):
         catalog.reconcile(task.root)
     found = {slide.slide_id for slide in record.slides}
     for _ in found:
@@ -257,12 +261,12 @@ def write_shard(task: ShardTask, tell: Callable[[], None]) -> ShardDone:
     if published:
         return _recover(task, published, tell)
     head = replace(task.head, created=datetime.now(UTC).isoformat(timespec="seconds"))
-    with new_shard(root, head, [job.n_rows for job in task.jobs]) as (writer, temporary):
+    with new_shard(root, head, [job.n_rows for job in task.jobs], task.patience) as (writer, temporary):
         slides, problems = _write_slides(writer, task, tell)
         if not slides:
             return replace(_NOTHING, problems=tuple(problems))
         record = writer.finish(slides)
-        with write_lock(root):
+        with write_lock(root, task.patience):
             catalog.reconcile(root)
             published = _published(task)  # by an attempt that was given up for dead, but was not
             known = catalog.known_bags(root, head.encoder)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -21,8 +24,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import cfstore
-from cfstore import Store, StoreFormatError, StoreNotFoundError, catalog
+from cfstore import Store, StoreFormatError, StoreNotFoundError, catalog, shard_job
 from cfstore.errors import DamagedShardError, StoreBusyError, StoreError
+from cfstore.ingest import prepare
 from cfstore.locks import write_lock
 
 Make = Callable[..., Any]
@@ -139,6 +143,48 @@ def test_what_a_dead_writer_left_is_swept_away(tmp_path: Path, store: Store, mak
     (store.path / ".catalog.duckdb.dead").write_bytes(b"half a catalog")
     store.ingest(tmp_path / "uni")
     check_whole(store, rows)
+
+
+@pytest.fixture
+def nfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flock as an NFS client has it (flock(2), nfs(5)): exclusive only of what is open for writing; of folders it is
+    the client's own affair, so another machine does not see it."""
+    real = fcntl.flock
+
+    def flock(handle: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            return
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.usefixtures("nfs")
+@pytest.mark.parametrize("form", ["zarr", "webdataset"])
+def test_where_only_files_open_for_writing_can_be_locked_work_in_progress_is_left_alone(
+    form: Any, tmp_path: Path, store: Store, make_cohort: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_cohort(tmp_path / "uni", SLIDES[:3])
+    write_slide, seen = shard_job._write_slide, []
+
+    def with_another_machine(*arguments: Any) -> Any:
+        prepare(store.path)
+        seen.extend(path.name for path in store.path.glob("features/*/.writing-*"))
+        return write_slide(*arguments)
+
+    monkeypatch.setattr(shard_job, "_write_slide", with_another_machine)
+    store.ingest(tmp_path / "uni", cfstore.IngestOptions(format=form))
+    assert len(seen) >= 3
+    store.derive([cfstore.Derivation.mean(20)])
+    assert store.verify().findings == ()
+    assert not list(store.path.rglob(".writing-*"))
+    (store.path / "features" / "uni" / ".writing-0.zarr").mkdir()
+    for name in (".writing-0.zarr.guard", ".writing-1.zarr.guard", ".writing-2.tar"):
+        (store.path / "features" / "uni" / name).touch()
+    prepare(store.path)
+    assert not list(store.path.rglob(".writing-*"))
 
 
 def test_an_ingest_that_fails_leaves_nothing_half_written(tmp_path: Path, store: Store, make_cohort: Make) -> None:

@@ -29,7 +29,7 @@ Tell = Callable[[], None]
 SLIDES = tuple(f"s{i:02d}" for i in range(12))
 COUNTS = ("n_slides", "n_bags", "n_without_coords", "n_present", "problems", "source_bytes")
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray ingest")]  # one cluster serves all
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,8 @@ def test_half_the_cluster_is_killed_while_it_writes_and_the_store_is_the_local_o
     )
     killer.join()
     assert was_writing
+    assert temporary(store) == []
+    assert report.n_restarted >= 1
     assert not doomed.is_alive()
     assert [getattr(report, name) for name in COUNTS] == [getattr(local, name) for name in COUNTS]
     assert report.n_shards == n_shards(store) == 12
