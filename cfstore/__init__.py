@@ -14,6 +14,7 @@ from cfstore.derivation import Derivation
 from cfstore.derive import DeriveReport
 from cfstore.derived_reader import DerivedReader
 from cfstore.errors import (
+    CacheError,
     ClinicalError,
     DerivationError,
     DuplicateBagError,
@@ -27,6 +28,7 @@ from cfstore.errors import (
     NotDerivedError,
     PrecisionError,
     QueryError,
+    RemoteError,
     ShapeError,
     SlideNotFoundError,
     SourceError,
@@ -39,6 +41,7 @@ from cfstore.errors import (
 )
 from cfstore.ray_connection import check_code, code_version, ray_cluster
 from cfstore.reader import SlideReader
+from cfstore.remote.locate import is_url
 from cfstore.splits import Fold, SplitSet, make_folds
 from cfstore.store import IngestOptions, Store, plan_ingest
 from cfstore.store import open_store as open  # noqa: A004 - `cfstore.open(path)` is the contract
@@ -49,6 +52,7 @@ __all__ = [
     "SCALES",
     "Alignment",
     "Bag",
+    "CacheError",
     "ClinicalError",
     "Cohort",
     "CohortSlide",
@@ -69,6 +73,7 @@ __all__ = [
     "NotDerivedError",
     "PrecisionError",
     "QueryError",
+    "RemoteError",
     "ShapeError",
     "SlideBags",
     "SlideNotFoundError",
@@ -86,6 +91,7 @@ __all__ = [
     "check_code",
     "children_of",
     "code_version",
+    "is_url",
     "make_folds",
     "open",
     "open_tars",

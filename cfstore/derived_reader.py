@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cfstore import derived_files
 from cfstore.catalog import connect
 from cfstore.derivation import Derivation
 from cfstore.derived_tables import derived_now, has_table
-from cfstore.errors import NotDerivedError, SlideNotFoundError, StoreFormatError
+from cfstore.errors import DamagedShardError, NotDerivedError, RemoteError, SlideNotFoundError, StoreFormatError
+from cfstore.mirrors import refreshed, remote_of
+from cfstore.remote_parquet import open_row_group, read_footer
+from cfstore.remote_parts import RemoteParts
 from cfstore.render import some
 
 
@@ -98,7 +103,10 @@ class DerivedReader:
         self._derivations = tuple(sorted(set(derivations)))
         self._places = find_derived(root, self._derivations, encoder, slide_ids)
         self._slides = frozenset(slide_ids)
-        self._footers: dict[str, Any] = {}
+        self._footers: dict[str, pq.FileMetaData] = {}
+        self._sizes: dict[str, int] = {}
+        remote = remote_of(root)
+        self._remote = RemoteParts(remote) if remote else None
         self._lock = threading.Lock()
         self._check_complete()
 
@@ -148,8 +156,11 @@ class DerivedReader:
         place = self._places[derivation][slide_id]
         path = self._root / place.file
         try:
-            opened = derived_files.open_file(path, self._footers.get(place.file))
+            opened = self._opened(path, place, slide_id)
         except FileNotFoundError as error:  # a copy of it may be elsewhere
+            if self._remote:
+                with self._lock:
+                    self._root = refreshed(self._root)
             found = find_derived(self._root, [derivation], self._encoder, [slide_id])[derivation].get(slide_id)
             if found is not None and found.source != place.source:
                 message = (
@@ -172,3 +183,27 @@ class DerivedReader:
         if derived_files.digest_of(values) != place.digest:
             raise StoreFormatError(f"slide {slide_id}: {derived_files.damaged(path, 'not what was written')}")
         return values
+
+    def _opened(self, path: Path, place: _Place, slide_id: str) -> pq.ParquetFile:
+        """The file of a place; FileNotFoundError where it is gone."""
+        footer = self._footers.get(place.file)
+        if self._remote is None:
+            return derived_files.open_file(path, footer)
+        remote = self._remote
+
+        def fetch(start: int, stop: int) -> memoryview:
+            return remote.fetch(place.file, start, stop, (self._encoder, slide_id))
+
+        try:
+            if footer is None:
+                with self._lock:
+                    self._sizes[place.file] = remote.size(place.file)
+                footer = read_footer(self._sizes[place.file], fetch)
+                self._footers[place.file] = footer
+            return open_row_group(self._sizes[place.file], fetch, footer, place.row_group)
+        except RemoteError as error:
+            raise type(error)(f"slide {slide_id}: {error}") from error
+        except DamagedShardError as error:
+            raise FileNotFoundError(str(error)) from error
+        except (ValueError, IndexError, pa.ArrowException) as error:
+            raise derived_files.damaged(path, error) from error

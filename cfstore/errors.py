@@ -9,7 +9,9 @@
     ├── SlideNotFoundError        no such slide, scale, encoder or cohort (also KeyError)
     ├── RemoteError               object storage: a request failed, finally
     │   ├── RemoteObjectMissingError  there is no such object
+    │   ├── RemoteObjectChangedError  an object is not the one that was written
     │   └── PreconditionFailedError   an object is not what a conditional write expects
+    ├── CacheError                a local cache that cannot be used, or is not written disk:FOLDER:SIZE
     ├── NotDerivedError           what was asked for has not been derived yet
     ├── DerivationError           no such derivation, or it cannot be made of these slides (also ValueError)
     ├── EngineError               Ray is missing, out of reach, or a node is not fit for the work
@@ -33,9 +35,26 @@ Messages name the file or the slide, what was found, and what to do, in one line
 
 from __future__ import annotations
 
+_addresses: dict[str, str] = {}
+
+
+def show_as(folder: str, address: str) -> None:
+    """Let messages of errors say `address` where they would say `folder`: of a store that was mirrored there."""
+    _addresses[folder] = address
+
+
+def shown(text: str) -> str:
+    """`text` with the addresses of mirrored stores in place of the folders they are mirrored in."""
+    for folder, address in _addresses.items():
+        text = text.replace(folder, address)
+    return text
+
 
 class StoreError(Exception):
     """Base of every error that cfstore raises on purpose."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(shown(each) if isinstance(each, str) else each for each in args))
 
 
 class StoreNotFoundError(StoreError):
@@ -73,8 +92,16 @@ class RemoteObjectMissingError(RemoteError):
     """There is no such object."""
 
 
+class RemoteObjectChangedError(RemoteError):
+    """An object is shorter than it was written, or another one than a moment ago."""
+
+
 class PreconditionFailedError(RemoteError):
     """An object is there already, or is another one than a conditional write was to replace; nothing was written."""
+
+
+class CacheError(StoreError, ValueError):
+    """A cache on a local disk cannot be used, or is not named as `disk:FOLDER:SIZE`."""
 
 
 class NotDerivedError(StoreError):

@@ -12,6 +12,7 @@ import duckdb
 from cfstore.catalog import SLIDE_LABELS_PREFIX, connect
 from cfstore.derived_tables import derived_now, has_table
 from cfstore.errors import SlideNotFoundError
+from cfstore.mirrors import remote_of
 from cfstore.schema import FEATURES_DIR, TABLES_DIR, read_header
 
 _LABELLED = "patients.time_months IS NOT NULL AND patients.event IS NOT NULL"
@@ -76,17 +77,31 @@ def _derived(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
     return _rows(connection, query)
 
 
+def _bytes_on_disk(connection: duckdb.DuckDBPyConnection, root: Path) -> int:
+    files = set((root / FEATURES_DIR).rglob("*"))
+    files |= {root / shard for (shard,) in connection.execute("SELECT shard FROM internal.shards").fetchall()}
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def _catalogued_bytes(connection: duckdb.DuckDBPyConnection) -> int:
+    """Up to the last byte of every array that the catalog knows: all but indexes and metadata of shards."""
+    query = (
+        "SELECT coalesce(sum(stop), 0)::BIGINT FROM (SELECT max(byte_start + list_sum(sizes)) AS stop "
+        "FROM internal.extents GROUP BY shard, CASE WHEN ends_with(shard, '.tar') THEN '' ELSE array_name END)"
+    )
+    found = connection.execute(query).fetchone()
+    return int(found[0]) if found else 0
+
+
 def read_info(root: Path) -> StoreInfo:
     """Gather everything `cfstore info` shows."""
-    header = read_header(root)
-    files = set((root / FEATURES_DIR).rglob("*"))
+    header, remote = read_header(root), remote_of(root)
     with connect(root) as connection:
-        files |= {root / shard for (shard,) in connection.execute("SELECT shard FROM internal.shards").fetchall()}
         return StoreInfo(
-            path=str(root),
+            path=remote.url if remote else str(root),
             uuid=header.uuid,
             created=header.created,
-            stored_bytes=sum(path.stat().st_size for path in files if path.is_file()),
+            stored_bytes=_catalogued_bytes(connection) if remote else _bytes_on_disk(connection, root),
             cohorts=_rows(
                 connection,
                 f"""

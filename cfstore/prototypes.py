@@ -44,6 +44,7 @@ from cfstore.errors import (
 )
 from cfstore.halves import widened
 from cfstore.locks import write_lock
+from cfstore.mirrors import bring, remote_of
 from cfstore.reader import SlideReader
 from cfstore.render import some
 from cfstore.types import SCALES
@@ -110,7 +111,9 @@ class PrototypeSet:
             The file is damaged.
         """
         try:
-            found = read_file(self.root, self.path.relative_to(self.root).as_posix())
+            file = self.path.relative_to(self.root).as_posix()
+            bring(self.root, file)
+            found = read_file(self.root, file)
         except FileNotFoundError:
             return None
         if not isinstance(found, PrototypesFile) or found.key != self.key:
@@ -154,6 +157,8 @@ class PrototypeSet:
             digest=digest_of(found.centroids),
             created=now(),
         )
+        if remote_of(self.root):
+            return  # read only
         with new_file(self.path, self.root) as temporary:
             write_prototypes(temporary, about, found.centroids, found.sizes.tolist())
             with write_lock(self.root):

@@ -16,26 +16,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from cfstore.codecs import ChunkError, get_codec
-from cfstore.errors import DamagedShardError, SlideNotFoundError
-from cfstore.files import OpenFiles
-from cfstore.places import COORD_BYTES, BagPlace, Layout, Part, find_bags, lay_out, row_range
+from cfstore.errors import DamagedShardError, RemoteError, SlideNotFoundError
+from cfstore.mirrors import refreshed, remote_of
+from cfstore.parts import LocalParts
+from cfstore.places import COORD_BYTES, BagPlace, Layout, find_bags, lay_out, row_range
+from cfstore.remote_parts import RemoteParts
 from cfstore.ring import Allocate, Buffer, Ring, page_aligned
 from cfstore.types import Affine, Bag, SlideBags
 
 _AHEAD_BYTES: Final = 1 << 30
-_scratch = threading.local()
-
-
-def _scratch_bytes(nbytes: int) -> memoryview:
-    """Memory of this thread for stored chunks, kept from one to the next."""
-    held: Buffer | None = getattr(_scratch, "held", None)
-    if held is None or len(held) < nbytes:
-        held = _scratch.held = page_aligned(nbytes * 5 // 4)
-    return held.data[:nbytes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +73,8 @@ class SlideReader:
         self._scales, self._allocate = tuple(scales), allocate
         self._places = find_bags(root, encoder, scales, slide_ids)
         self._slides: dict[str, _Slide] = {}
-        self._files = OpenFiles(root)
+        remote = remote_of(root)
+        self._parts: LocalParts | RemoteParts = RemoteParts(remote) if remote else LocalParts(root)
         self._ring = Ring(0, allocate)
         self._checked: set[str] = set()  # slides whose plain chunks were compared with their digests
         self._lock = threading.Lock()
@@ -112,6 +104,8 @@ class SlideReader:
             The reader was made for other slides.
         DamagedShardError
             A file is missing, cut short, or its bytes are not what was written.
+        RemoteError
+            Object storage fails, finally.
         ValueError
             The buffer is too small.
         """
@@ -120,7 +114,7 @@ class SlideReader:
             message = f"slide {slide_id} needs {slide.layout.nbytes:,} bytes, the buffer has {len(buffer):,}"
             raise ValueError(message)
         try:
-            self._fill(slide.layout, buffer, check=slide_id not in self._checked)
+            self._fill(slide_id, slide.layout, buffer, check=slide_id not in self._checked, whole=True)
         except DamagedShardError as error:
             self._follow(slide_id, slide, error)
             needed = self.buffer_bytes(slide_id)
@@ -152,7 +146,7 @@ class SlideReader:
                 message = f"slide {slide_id}: rows {start} to {stop} of {n_patches} patches at {scale}x"
                 raise IndexError(message)
         try:
-            return self._rows(slide.bags[scale], ranges)
+            return self._rows(slide_id, slide.bags[scale], ranges)
         except DamagedShardError as error:
             self._follow(slide_id, slide, error)
             return self.read_rows(slide_id, scale, ranges)
@@ -171,14 +165,14 @@ class SlideReader:
         layout = lay_out([place.coord_rows(place.coords)])
         buffer = page_aligned(layout.nbytes)
         try:
-            self._fill(layout, buffer, check=True)
+            self._fill(slide_id, layout, buffer, check=True)
         except DamagedShardError as error:
             self._follow(slide_id, slide, error)
             return self.read_coords(slide_id, scale)
         start = layout.starts[0]
         return buffer[start : start + place.n_patches * COORD_BYTES].view(np.int32).reshape(-1, 2)
 
-    def _rows(self, place: BagPlace, ranges: Sequence[tuple[int, int]]) -> Bag:
+    def _rows(self, slide_id: str, place: BagPlace, ranges: Sequence[tuple[int, int]]) -> Bag:
         order = sorted(range(len(ranges)), key=lambda i: ranges[i])
         wanted = [row_range(place.feature_rows, *ranges[i], place.row_bytes) for i in order]
         if place.coords and self._with_coords:
@@ -187,7 +181,7 @@ class SlideReader:
         wanted += [place.affine_rows(array) for array in (place.scale, place.zero) if array]
         layout = lay_out(wanted)
         buffer = page_aligned(layout.nbytes)
-        self._fill(layout, buffer, check=True)
+        self._fill(slide_id, layout, buffer, check=True)
         pieces = [buffer[at : at + rows.nbytes] for at, rows in zip(layout.starts, wanted, strict=True)]
         back = np.argsort(order)
         features = np.concatenate([pieces[i] for i in back] or [buffer[:0]]).view(place.array_dtype)
@@ -210,12 +204,13 @@ class SlideReader:
         slide_ids
             The order.
         threads
-            Readers; each reads whole slides.
+            Readers; each reads whole slides. Where latency has to be hidden, more of them read, and further ahead.
         ahead, ahead_bytes
             At most so many slides, and bytes, are read or being read before they are asked for.
             A slide's memory is used again when nobody holds its arrays any more; a slide larger
             than all of it gets memory of its own.
         """
+        threads, ahead = max(threads, self._parts.least_threads), max(ahead, self._parts.least_ahead)
         ring = self._ring = self._ring if self._ring.nbytes == ahead_bytes else Ring(ahead_bytes, self._allocate)
         pending: deque[Future[SlideBags]] = deque()
         todo = iter(slide_ids)
@@ -283,35 +278,12 @@ class SlideReader:
         affines = {n: Affine(*(view(bag.dim * 4, np.float32) for _ in range(2))) for n, bag in bags if bag.scale}
         return {n: Bag(features[n], coords.get(n), affines.get(n)) for n in features}
 
-    def _fill(self, layout: Layout, buffer: Buffer, *, check: bool) -> None:
-        memory = buffer.data
-        for run in layout.runs:
-            first, last = run[0], run[-1]
-            if first.codec == "none":
-                self._files.read_into(first.file, first.start, memory[first.to : last.to + last.decoded])
-                for part in run if check else ():
-                    self._check(part, memory[part.to : part.to + part.decoded])
-            else:
-                self._decode(first, buffer)
-
-    def _check(self, part: Part, stored: memoryview) -> None:
-        if part.digest is not None and xxhash.xxh3_64_intdigest(stored) != part.digest:
-            path = self._root / part.file
-            message = f"{path}: bytes from {part.start:,} changed after they were written; restore the shard"
-            raise DamagedShardError(message)
-
-    def _decode(self, part: Part, buffer: Buffer) -> None:
-        stored = _scratch_bytes(part.stored)
-        self._files.read_into(part.file, part.start, stored)
-        self._check(part, stored)
+    def _fill(self, slide_id: str, layout: Layout, buffer: Buffer, *, check: bool, whole: bool = False) -> None:
+        """Read what a layout says of a slide; `whole`: that is all of it, which a cache may keep."""
         try:
-            codec = get_codec(part.codec, "uint8")
-            codec.decode_into(stored, buffer[part.to : part.to + part.decoded], trusted=part.digest is not None)
-        except ChunkError as error:
-            message = (
-                f"{self._root / part.file}: the chunk at byte {part.start:,} is damaged ({error}); restore the shard"
-            )
-            raise DamagedShardError(message) from error
+            self._parts.fill(layout, buffer, verify=check, slide=(self._encoder, slide_id) if whole else None)
+        except RemoteError as error:
+            raise type(error)(f"slide {slide_id}: {error}") from error
 
     def _follow(self, slide_id: str, slide: _Slide, error: DamagedShardError) -> None:
         """Look where a slide is now that could not be read: its shard may have been compacted.
@@ -324,6 +296,9 @@ class SlideReader:
             What lies there now are other bags.
         """
         message = f"slide {slide_id}: {error}"
+        if isinstance(self._parts, RemoteParts):
+            with self._lock:
+                self._root = refreshed(self._root)
         try:
             found = find_bags(self._root, self._encoder, self._scales, [slide_id])[slide_id]
         except SlideNotFoundError:

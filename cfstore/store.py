@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,11 +35,14 @@ from cfstore.info import StoreInfo, read_info, read_slide_rows
 from cfstore.ingest import SLIDES_PER_SHARD, IngestReport, prepare, run_ingest
 from cfstore.labels import CohortLabels
 from cfstore.locks import write_lock
+from cfstore.mirrors import open_mirror, remote_of
 from cfstore.names import tcga_patient_id
 from cfstore.plan import HeldBag, IngestPlan, Key, Progress, make_plan
 from cfstore.prototypes import PrototypeSet, fit_folds
 from cfstore.query import run_query
 from cfstore.reader import SlideReader
+from cfstore.remote.disk_cache import parse_cache
+from cfstore.remote.locate import is_url
 from cfstore.removal import CompactReport, ReindexReport, compact, reindex, remove_slides
 from cfstore.ring import Allocate, page_aligned
 from cfstore.schema import FEATURES_DIR, STORE_FILE, TABLES_DIR, check_name, create_header, read_header
@@ -99,6 +103,20 @@ class Store:
         self.path = path
         self.header = read_header(path)
         self._of_tars = of_tars  # an index of tars that lie elsewhere: see `cfstore.open_tars`
+        remote = remote_of(path)
+        self.url = remote.url if remote else None
+        """Its address, where it lies on object storage; `path` is a mirror of its small files then."""
+
+    @property
+    def location(self) -> str:
+        """What `cfstore.open` finds it by: its address, or its folder, absolute."""
+        return self.url or str(self.path.resolve())
+
+    def _check_writable(self) -> None:
+        self._check_own()
+        if self.url:
+            message = f"{self.url}: a store on object storage is only read; do this with a store in a folder"
+            raise StoreError(message)
 
     def _check_own(self) -> None:
         if self._of_tars:
@@ -293,7 +311,7 @@ class Store:
         EngineError
             Ray cannot be had, or a node of it is not fit for the work; what was finished stays.
         """
-        self._check_own()
+        self._check_writable()
         options = options or IngestOptions()
         codec = options.chosen_codec()
         prepare(self.path)
@@ -342,6 +360,7 @@ class Store:
         ClinicalError
             The table cannot be understood, or neither it nor `cohort` names the cohort.
         """
+        self._check_writable()
         table = read_clinical(Path(file), cohort)
         if None in table.patients["cohort"].to_pylist():
             message = f"{file}: the table does not name its cohort; name it with --cohort"
@@ -359,6 +378,7 @@ class Store:
         SplitsError, LeakageError
             The files cannot be used.
         """
+        self._check_writable()
         folder = Path(folder)
         cohort = self._only_cohort(cohort, SplitsError)
         with catalog.connect(self.path) as connection:
@@ -380,6 +400,7 @@ class Store:
         self, n_folds: int = 5, cohort: str | None = None, *, seed: int = 0, name: str | None = None
     ) -> SplitSet:
         """Make folds of the cohort's labelled patients, stratified by event, and keep them."""
+        self._check_writable()
         cohort = self._only_cohort(cohort, SplitsError)
         query = (
             "SELECT DISTINCT patient_id, event FROM patients JOIN slides USING (cohort, patient_id) "
@@ -436,7 +457,7 @@ class Store:
         EngineError
             Ray cannot be had, or a node of it is not fit for the work; what was computed so far stays.
         """
-        self._check_own()
+        self._check_writable()
         encoder, chosen = choose_slides(self.path, encoder, cohort, slide_ids)
         wanted = default_derivations(self.path, encoder, chosen) if derivations is None else derivations
         return run_derive(
@@ -513,7 +534,7 @@ class Store:
         StoreFormatError
             There is no catalog to compare with, or a file of `tables/` is damaged.
         """
-        self._check_own()
+        self._check_writable()
         return verify(self.path, deep=deep, threads=threads, progress=progress)
 
     def reindex(self) -> ReindexReport:
@@ -524,7 +545,7 @@ class Store:
         StoreFormatError
             A shard or table is damaged; it is named, and the catalog stays as it was.
         """
-        self._check_own()
+        self._check_writable()
         return reindex(self.path)
 
     def remove(self, slide_ids: Sequence[str], encoder: str | None = None) -> int:
@@ -537,7 +558,7 @@ class Store:
         SlideNotFoundError
             One of them is not in the store; nothing was removed then.
         """
-        self._check_own()
+        self._check_writable()
         return remove_slides(self.path, slide_ids, encoder)
 
     def compact(self, progress: Callable[[int, int], None] | None = None) -> CompactReport:
@@ -550,7 +571,7 @@ class Store:
         StoreWriteError
             The store cannot be written; what was compacted so far stays.
         """
-        self._check_own()
+        self._check_writable()
         return compact(self.path, progress)
 
     def _cohorts_of(self, slide_ids: Collection[str]) -> list[str]:
@@ -644,15 +665,19 @@ def _is_blank(root: Path) -> bool:
     )
 
 
-def open_store(path: Path | str, *, create: bool = False) -> Store:
+def open_store(path: Path | str, *, create: bool = False, cache: str | None = None) -> Store:
     """Open the store at `path`.
 
     Parameters
     ----------
     path
-        The store's directory.
+        The store's directory, or its address: s3://bucket/folder, gs://, az://, or https:// of a web server that
+        answers ranges. By an address it is read as it is now; open it again to see what was written since.
     create
         Make an empty store where there is none yet.
+    cache
+        "disk:FOLDER:SIZE": keep on a local disk what is read of a store on object storage, up to that size; None:
+        what $CFSTORE_CACHE says, if anything.
 
     Raises
     ------
@@ -660,7 +685,18 @@ def open_store(path: Path | str, *, create: bool = False) -> Store:
         No store there and `create` is false, or files of something else are in the way.
     StoreFormatError
         A store of a newer format.
+    RemoteError
+        Object storage fails or forbids to read.
+    CacheError
+        The cache is not named so, or cannot be used.
     """
+    said = cache if cache is not None else os.environ.get("CFSTORE_CACHE")
+    setting = parse_cache(said) if said else None
+    if is_url(path):
+        if create:
+            message = f"{path}: a store on object storage is only read; name a folder with --store"
+            raise StoreError(message)
+        return Store(open_mirror(str(path), setting))
     root = Path(path)
     if create and not (root / STORE_FILE).exists():
         if root.exists() and (not root.is_dir() or not _is_blank(root)):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
-from cfstore.errors import PreconditionFailedError, RemoteError, RemoteObjectMissingError
+from cfstore.errors import PreconditionFailedError, RemoteError, RemoteObjectChangedError, RemoteObjectMissingError
 from cfstore.remote.locate import allows_http, can_list, normal_url, settings_of
 from cfstore.remote.retry import DEFAULT_RETRY, GaveUpError, Retry, TemporaryError
 
@@ -56,6 +56,14 @@ class Fetched:
     """A whole object."""
 
     data: bytes
+    etag: str | None
+
+
+@dataclass(frozen=True)
+class Range:
+    """Some bytes of an object, in memory of the client."""
+
+    data: memoryview
     etag: str | None
 
 
@@ -135,38 +143,44 @@ class Bucket:
 
         return self._run("read", key, request, unchanged=unless is not None)
 
-    def get_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of an object: exactly stop - start of them. Raises as `read_into`."""
-        memory = bytearray(stop - start)
-        self.read_into(key, start, memoryview(memory))
-        return bytes(memory)
+    def get_range(self, key: str, start: int, stop: int) -> memoryview:
+        """Bytes [start, stop) of an object, not empty: exactly stop - start of them. Raises as `read_range`."""
+        return self.read_range(key, start, stop).data
 
     def read_into(self, key: str, start: int, memory: memoryview) -> str | None:
         """Fill `memory` (bytes, not empty) from byte `start` of an object; returns the object's ETag.
+
+        Raises as `read_range`.
+        """
+        found = self.read_range(key, start, start + len(memory))
+        np.copyto(np.frombuffer(memory, np.uint8), np.frombuffer(found.data, np.uint8))  # gives the interpreter free
+        return found.etag
+
+    def read_range(self, key: str, start: int, stop: int) -> Range:
+        """Bytes [start, stop) of an object, not empty, and the object's ETag.
 
         Raises
         ------
         RemoteObjectMissingError
             There is no such object.
+        RemoteObjectChangedError
+            It ends before `stop`.
         RemoteError
-            The object ends before that, or the request failed, finally.
+            The request failed, finally.
         """
-        stop = start + len(memory)
 
-        def request(_: int) -> str | None:
+        def request(_: int) -> Range:
             result = _obstore().get(self._client(), key, options={"range": (start, stop)})
             meta = result.meta
             if meta["size"] < stop:
-                raise RemoteError(
-                    f"{self.shown(key)}: has {meta['size']:,} bytes, those up to {stop:,} were asked for; "
-                    "the object is not the one that was written"
+                raise RemoteObjectChangedError(
+                    f"{self.shown(key)}: has {meta['size']:,} bytes, those up to {stop:,} were asked for: "
+                    "it is not the one that was written"
                 )
-            data = result.bytes()
-            if len(data) != len(memory):
-                raise TemporaryError(f"{len(data):,} of {len(memory):,} bytes came")
-            np.copyto(np.frombuffer(memory, np.uint8), np.frombuffer(data, np.uint8))  # without the interpreter's lock
-            etag: str | None = meta["e_tag"]
-            return etag
+            data = memoryview(result.bytes())
+            if len(data) != stop - start:
+                raise TemporaryError(f"{len(data):,} of {stop - start:,} bytes came")
+            return Range(data, meta["e_tag"])
 
         return self._run("read", key, request)
 
@@ -368,7 +382,7 @@ class Bucket:
         if not final:
             return TemporaryError(_line(error))
         if status == 416:
-            return RemoteError(f"{self.shown(key)}: is shorter than was asked for; it is not the one that was written")
+            return RemoteObjectChangedError(f"{self.shown(key)}: is shorter than what was written")
         if "non-partial response" in str(error):
             return RemoteError(f"{self.shown(key)}: the server answers no ranges; use one that does")
         return RemoteError(f"{self.shown(key)}: cannot {what} it ({_line(error)})")

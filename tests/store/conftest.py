@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from faulty_proxy import FaultyProxy
+
+from cfstore.remote.bucket import Bucket
 
 _numbers = itertools.count()
 
@@ -57,3 +61,18 @@ def bucket_url(s3: FaultyProxy, s3_port: int) -> str:
     client.create_bucket(Bucket=name)
     client.close()
     return f"s3://{name}/cohorts/store"
+
+
+def upload(folder: Path, url: str) -> None:
+    """Copy a store into a bucket as `aws s3 sync` would, past the proxy."""
+    bucket = Bucket(url)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            bucket.put(path.relative_to(folder).as_posix(), path.read_bytes())
+
+
+@pytest.fixture(autouse=True)
+def _own_temporary_place(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mirrors of this test's stores are nobody else's."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("tmp")))
+    monkeypatch.delenv("CFSTORE_CACHE", raising=False)

@@ -9,7 +9,13 @@ import threading
 import pytest
 from faulty_proxy import Fault, FaultyProxy
 
-from cfstore.errors import PreconditionFailedError, RemoteError, RemoteObjectMissingError, StoreError
+from cfstore.errors import (
+    PreconditionFailedError,
+    RemoteError,
+    RemoteObjectChangedError,
+    RemoteObjectMissingError,
+    StoreError,
+)
 from cfstore.remote.bucket import Bucket
 from cfstore.remote.locate import allows_http, can_list, is_url, normal_url, settings_of
 from cfstore.remote.retry import GaveUpError, Retry, TemporaryError
@@ -172,7 +178,7 @@ def test_an_object_that_is_missing_is_named(bucket):
 def test_an_object_shorter_than_asked_for_is_an_error_and_not_asked_for_again(bucket, s3, start):
     bucket.put("a", b"0123456789")
     before = len(s3.log)
-    with pytest.raises(RemoteError, match="not the one that was written"):
+    with pytest.raises(RemoteObjectChangedError, match="was written"):
         bucket.get_range("a", start, start + 8)
     assert len(s3.log) == before + 1
 
