@@ -72,7 +72,10 @@ def upload(folder: Path, url: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_temporary_place(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_mirrors(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Mirrors of this test's stores are nobody else's."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("tmp")))
+    if {"s3", "bucket_url"} & set(request.fixturenames):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("tmp")))
     monkeypatch.delenv("CFSTORE_CACHE", raising=False)
