@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -94,11 +93,16 @@ def check_view(view: View) -> None:
             raise EngineError(f"node {node} sees {what} at {path}; the folder, too: {remedy}")
 
 
-def _attempt(code: str, view: View, packed: bytes, number: int, mailbox: Any) -> tuple[int, Any]:
-    """Runs on a node. `packed` is unpacked only when the code that it names is known to be the same."""
-    from ray import cloudpickle
+def _attempt(code: str, view: View, packed: bytes, number: int, mailbox: Any) -> tuple[int, int, Any]:
+    """Runs on a node: how often the task was given out before, its steps, and its result.
 
-    mailbox.put.remote(number, 0)
+    `packed` is unpacked only when the code that it names is known to be the same.
+    """
+    from ray import cloudpickle
+    from ray._private.worker import global_worker
+
+    worker: Any = global_worker  # no public name tells which attempt this is
+
     check_code(code)
     check_view(view)
     function, task = cloudpickle.loads(packed)
@@ -118,26 +122,24 @@ def _attempt(code: str, view: View, packed: bytes, number: int, mailbox: Any) ->
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         result = function(task, tell)
-        return steps, result
+        return worker.core_worker.get_current_task_attempt_number(), steps, result
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 class _Mailbox:
-    """Runs beside the process that gave out the work: how far the tasks are, and how often each began."""
+    """Runs beside the process that gave out the work: how far the tasks are."""
 
     def __init__(self) -> None:
         self._steps: dict[int, int] = {}
-        self._starts: Counter[int] = Counter()
 
     def put(self, number: int, steps: int) -> None:
-        self._starts[number] += steps == 0
         self._steps[number] = steps
 
-    def take(self) -> tuple[dict[int, int], int]:
-        """Steps of tasks that told any since the last time; how many starts were not the first, in all."""
+    def take(self) -> dict[int, int]:
+        """Steps of tasks that told any since the last time."""
         taken, self._steps = self._steps, {}
-        return taken, self._starts.total() - len(self._starts)
+        return taken
 
 
 @dataclass
@@ -201,10 +203,10 @@ class RayEngine:
             while pending:
                 done, _ = ray.wait(list(pending), timeout=_POLL_SECONDS)
                 with suppress(ray.exceptions.RayError):  # a step more or less: it is told again with the result
-                    steps_of, self.n_restarted = ray.get(mailbox.take.remote(), timeout=_CANCEL_SECONDS)
-                    progress.reached(steps_of)
+                    progress.reached(ray.get(mailbox.take.remote(), timeout=_CANCEL_SECONDS))
                 for ref in done:
-                    steps, result = self._result(ref)
+                    n_before, steps, result = self._result(ref)
+                    self.n_restarted += n_before
                     progress.reached({pending.pop(ref): steps})
                     give_out()
                     yield result
@@ -212,10 +214,10 @@ class RayEngine:
             self._cancel(list(pending))
             ray.kill(mailbox)
 
-    def _result(self, ref: Any) -> tuple[int, Any]:
+    def _result(self, ref: Any) -> tuple[int, int, Any]:
         errors = self.ray.exceptions
         try:
-            answer: tuple[int, Any] = self.ray.get(ref)
+            answer: tuple[int, int, Any] = self.ray.get(ref)
         except errors.RayTaskError as error:
             if "failed to import on the worker" in str(error.cause):
                 last = str(error.cause).strip().splitlines()[-1]
