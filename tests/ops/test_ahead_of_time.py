@@ -31,10 +31,11 @@ def tool():
     """The tool as a module, in this process: for what needs no compiler."""
     spec = importlib.util.spec_from_file_location("kernel_resources", TOOL)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TOOL.parent)  # its cases lie beside it
+        patch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        yield module
 
 
 def kernels():
