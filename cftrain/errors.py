@@ -11,6 +11,7 @@
     ├── WeightsError              a file of weights that cannot be read, or is no model of ours
     ├── RunError                  a run directory that cannot be written, resumed or read
     │   └── RunBusyError          another process trains in it
+    ├── RankError                 a process of several that train together failed; names it
     └── StoppedError              a signal ended the run; its checkpoints are written
 
 Messages name the slide, the setting or the file, what was found, and what to do, in one line.
@@ -61,6 +62,10 @@ class RunError(TrainError):
 
 class RunBusyError(RunError):
     """Another process trains in a run directory, or in the same fold of it."""
+
+
+class RankError(TrainError):
+    """One of several processes that train together failed; the message names its rank, its node and why."""
 
 
 class StoppedError(TrainError):

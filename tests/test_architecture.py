@@ -44,8 +44,8 @@ FLOORS = {
     ],
     "cftrain": [
         {"errors", "memory", "stopping"},
-        {"zoo", "cache", "ranks", "examples"},
-        {"config", "survival", "models", "device", "extras", "flops"},
+        {"zoo", "cache", "ranks", "examples", "rank_agent", "rank_places"},
+        {"config", "survival", "models", "device", "extras", "flops", "ray_ranks"},
         {"drawn"},
         {"folds", "arrivals", "checkpoints", "assessment", "report", "compare", "footprint", "estimate"},
         {"order", "run_directory", "budget", "costs"},

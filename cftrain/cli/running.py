@@ -12,6 +12,7 @@ import click
 
 from cftrain.cli.outcome import result_lines
 from cftrain.cli.progress import Progress
+from cftrain.cli.running_on_ray import asked_of_ray, train_on_ray
 
 RUNS = Path("runs")
 _NESTED = "train.nested=0.2"
@@ -49,6 +50,25 @@ _NESTED = "train.nested=0.2"
 @click.option("--cache", metavar="KIND[:SIZE]", help="Keep bags between epochs: auto, off, ram[:8GB] or gpu[:20GB].")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Groups of folds side by side.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="This process, or --workers processes on a Ray cluster that train together: docs/cluster.md.",
+)
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help='Of the Ray cluster; "auto": the one that runs here [default: Ray on this machine alone].',
+)
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Processes on Ray; on GPUs each has one.")
+@click.option(
+    "--worker-cpus",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="CPUs of each of the --workers [default: as many as all can have].",
+)
 @click.option("--fuse/--no-fuse", default=True, show_default=True, help="Let folds share one reading of the cohort.")
 @click.option(
     "--store",
@@ -81,6 +101,10 @@ def run(
     cache: str | None,
     device: str,
     jobs: int,
+    engine: str,
+    address: str | None,
+    workers: int | None,
+    worker_cpus: int | None,
     fuse: bool,
     store: Path,
     shards: str | None,
@@ -95,7 +119,7 @@ def run(
 
     Killed at any moment, `--resume` goes on and ends with the same numbers, bit for bit on the same machine.
     On SIGTERM or SIGUSR1 a run writes its checkpoints and exits with 75. Several processes under torchrun
-    train each step together.
+    train each step together; so do --workers on a Ray cluster, which goes on by itself where one is killed.
 
     \b
     Example:
@@ -110,7 +134,9 @@ def run(
         cftrain run --shards 'exported/{000..031}.tar'
         cftrain run --resume
         torchrun --nproc-per-node 2 -m cftrain run --cohort GBMLGG
+        cftrain run --cohort GBMLGG --engine ray --workers 4 --address 10.0.0.5:6379
     """
+    on_ray = asked_of_ray(engine, address, workers, worker_cpus, device, jobs)
     flags = {
         "data.cohort": cohort,
         "data.where": where,
@@ -153,6 +179,9 @@ def run(
         raise click.UsageError(message)
     if dry_run:
         _say_plan(planned, device, jobs, fuse, as_json)
+        return
+    if on_ray:
+        train_on_ray(ctx, on_ray, planned, models)
         return
     _train(planned, device, jobs, fuse, resume, tensorboard, as_json)
 

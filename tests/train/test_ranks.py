@@ -6,32 +6,8 @@ import json
 import subprocess
 import sys
 
-import pyarrow.parquet as pq
 import pytest
-import torch
-from safetensors.torch import load_file
-
-SETTINGS = (
-    "model.name=abmil",
-    "model.hidden_dim=16",
-    "model.attention_dim=8",
-    "model.dropout=0.25",
-    "train.epochs=2",
-    "train.accumulate=8",
-    "train.select_from=1",
-    "train.batch_patches=150",
-    "train.checkpoint_minutes=0",
-)
-
-
-def train(world, store, out, *more):
-    """Run under torchrun with `world` processes; more settings as key=value, or options."""
-    words = [word for each in SETTINGS for word in ("--set", each)] if "--resume" not in more else []
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m", "cftrain"]
-    start = launch if world > 1 else ["-m", "cftrain"]
-    cohort = [] if "--resume" in more else ["--cohort", "DEMO"]
-    call = [sys.executable, *start, "run", "--store", str(store.path), "--out", str(out), "--device", "cpu"]
-    return subprocess.run([*call, *cohort, *words, *more], capture_output=True, text=True, check=False, timeout=300)
+from ranked_runs import SETTINGS, assert_same, train
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +16,6 @@ def alone(demo_store, tmp_path_factory):
     done = train(1, demo_store, out)
     assert done.returncode == 0, done.stderr
     return out
-
-
-def assert_same(out, alone):
-    for path in sorted(alone.glob("fold_*/*_epoch.safetensors")):
-        one, other = load_file(path), load_file(out / path.relative_to(alone))
-        for name, weight in one.items():
-            torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-6)
-    tables = [pq.read_table(run / "predictions.parquet") for run in (alone, out)]
-    assert tables[0]["slide_id"] == tables[1]["slide_id"]
-    torch.testing.assert_close(
-        torch.tensor(tables[1]["risk"].to_numpy()), torch.tensor(tables[0]["risk"].to_numpy()), rtol=0, atol=1e-6
-    )
 
 
 @pytest.mark.slow
