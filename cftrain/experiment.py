@@ -29,7 +29,7 @@ from cftrain.cache import CachePlan, plan_cache
 from cftrain.config import ModelOption, RunConfig, to_toml
 from cftrain.data import RunData, load_data
 from cftrain.device import choose_device, free_gpu
-from cftrain.errors import ConfigError
+from cftrain.errors import ConfigError, RunError
 from cftrain.extras import derive_missing
 from cftrain.feed import cohort_bytes
 from cftrain.folds import FoldExamples, inner_fold
@@ -39,7 +39,7 @@ from cftrain.memory import EVERYTHING, Allowance, free_ram
 from cftrain.models import SurvivalModel
 from cftrain.nested import with_choice
 from cftrain.passes import Beat
-from cftrain.provenance import collect
+from cftrain.provenance import collect, digests
 from cftrain.ranks import Ranks, process_group, processes_here
 from cftrain.results import Epoch, FoldResult, write_predictions
 from cftrain.stopping import StopRequest, listening
@@ -312,6 +312,7 @@ def train_runs(
         ranks = stack.enter_context(process_group(choose_device(device)))
         jobs = 1 if ranks.world > 1 else jobs
         ready = prepare(configs, store, device=device, jobs=jobs, fuse=fuse, allowance=allowance)
+        ready = _agreed(ready, ranks)
         if ranks.first:
             for out in outs:
                 stack.enter_context(run_directory.held(out))
@@ -326,6 +327,29 @@ def train_runs(
             watch.on_cache(ready.cache)
         stop = stack.enter_context(listening())
         return _trained(ready, outs, ranks, stop, watch)
+
+
+def _agreed(ready: Prepared, ranks: Ranks) -> Prepared:
+    """With as many patches in a batch as fit the fullest device of all: packs are the same in every process.
+
+    Raises
+    ------
+    RunError
+        The processes do not see the same slides, labels and folds.
+    """
+    if ranks.world == 1:
+        return ready
+    if not ranks.agree(digests(ready.data)):
+        message = (
+            "the processes do not see the same slides, labels and folds: the store must be one that all nodes share"
+        )
+        raise RunError(message)
+    budgets = zip(*ranks.gather([config.train.batch_patches for config in ready.configs]), strict=True)
+    agreed = [
+        dataclasses.replace(config, train=dataclasses.replace(config.train, batch_patches=min(each)))
+        for config, each in zip(ready.configs, budgets, strict=True)
+    ]
+    return dataclasses.replace(ready, configs=tuple(agreed))
 
 
 def _enter(out: Path, config: RunConfig, ready: Prepared, command: Sequence[str], *, resume: bool) -> None:

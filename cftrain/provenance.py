@@ -112,6 +112,11 @@ def this_process(device: torch.device, command: Sequence[str]) -> dict[str, Any]
     }
 
 
+def digests(data: RunData) -> dict[str, str]:
+    """Of all that a run reads: every bag, label and fold."""
+    return {"data_digest": _data_digest(data), "splits_digest": _splits_digest(data)}
+
+
 def collect(
     data: RunData, config: RunConfig, device: torch.device, command: Sequence[str], config_toml: str
 ) -> dict[str, Any]:
@@ -120,8 +125,7 @@ def collect(
         **this_process(device, command),
         **_kernels(config.model, device),
         **_origin(data, config.data.where, config.data.shards),
-        "data_digest": _data_digest(data),
         "splits": data.splits.name,
-        "splits_digest": _splits_digest(data),
+        **digests(data),
         "config_digest": _sha256([config_toml]),
     }

@@ -55,6 +55,10 @@ class Ranks:
         dist.all_gather_object(found, value)
         return found
 
+    def agree(self, value: object) -> bool:
+        """Whether all processes have the same value."""
+        return all(each == value for each in self.gather(value))
+
     def barrier(self) -> None:
         """Wait for all."""
         if self.world > 1:

@@ -130,7 +130,11 @@ def _train_group(
             learner.fit()
         if ranks.first:
             learner.rewrite_log()
-    ranks.barrier()
+    places = [(learner.number, learner.steps_done, learner.finished) for learner in learners]
+    if not ranks.agree(places):
+        where = team.outs[specs[0].run]
+        message = f"{where}: not all processes see the same checkpoints; it must be on storage that all nodes share"
+        raise RunError(message)
     group = Group(
         learners=list(learners),
         feed=feed,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
-from ranked_runs import SETTINGS, assert_same, train
+from ranked_runs import SETTINGS, TORCHRUN, assert_same, command, run, start, train
+
+import cfstore
+from cfstore.synth import synthesize
+from cftrain.config import load_config
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +72,52 @@ def test_a_run_stopped_on_two_processes_goes_on_with_one_or_four(alone, demo_sto
     assert gone_on.returncode == 0, gone_on.stderr
     assert_same(out, alone)
     assert json.loads((out / "provenance.json").read_text())["resumed"]
+
+
+def changed_in_rank_one(tmp_path, change):
+    """A script that is `cftrain`, but that one of the processes is changed."""
+    script = tmp_path / "changed.py"
+    script.write_text(
+        f"import os, sys\nif os.environ['RANK'] == '1':\n{change}\nfrom cftrain.cli import main\nmain(sys.argv[1:])\n"
+    )
+    return (*TORCHRUN, "--standalone", "--nproc-per-node", "2", str(script))
+
+
+def below(launch, words):
+    """The same words below another launcher."""
+    return [words[0], *launch, *words[words.index("cftrain") + 1 :]]
+
+
+@pytest.mark.slow
+def test_processes_with_less_memory_decide_how_many_patches_go_together(demo_store, tmp_path):
+    """Packs would differ otherwise, and with them what each process thinks the others do."""
+    launch = changed_in_rank_one(tmp_path, "    import cftrain.budget as b\n    b.MOST_PATCHES['cpu'] = 90")
+    words = [*command(demo_store, tmp_path / "run", "--set", "train.batch_patches=0", "--set", "train.epochs=1")]
+    done = run(below(launch, words))
+    assert done.returncode == 0, done.stderr
+    assert load_config(file=tmp_path / "run" / "config.toml").train.batch_patches == 90
+    alone = train(1, demo_store, tmp_path / "one", "--set", "train.batch_patches=90", "--set", "train.epochs=1")
+    assert alone.returncode == 0, alone.stderr
+    assert_same(tmp_path / "run", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_see_the_same_store_or_run_are_refused(demo_store, tmp_path):
+    out, other = tmp_path / "run", tmp_path / "other"
+    synthesize(tmp_path / "h5", slides=24, patches=48, dim=8, seed=4)
+    cfstore.open(tmp_path / "store", create=True).ingest(tmp_path / "h5", cfstore.IngestOptions(encoder="toy"))
+    stores = f"    sys.argv[sys.argv.index('--store') + 1] = {str(tmp_path / 'store')!r}"
+    done = run(below(changed_in_rank_one(tmp_path, stores), command(demo_store, out)))
+    assert done.returncode == 1
+    assert "the processes do not see the same slides, labels and folds" in done.stderr
+    assert not (out / "config.toml").exists()
+    process = start(command(demo_store, out, "--set", "train.epochs=2000"))
+    while not list(out.glob("fold_*/checkpoint.safetensors")):
+        assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=100)
+    shutil.copytree(out, other, ignore=shutil.ignore_patterns("fold_*"))
+    runs = f"    sys.argv[sys.argv.index('--out') + 1] = {str(other)!r}"
+    done = run(below(changed_in_rank_one(tmp_path, runs), command(demo_store, out, "--resume")))
+    assert done.returncode == 1
+    assert "not all processes see the same checkpoints" in done.stderr
