@@ -12,6 +12,7 @@ import importlib.util
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -96,13 +97,19 @@ _REMEDY: Final = (
 
 def load_ray(need: str) -> Any:
     """The module `ray`, as safe as it can be configured; EngineError where it is not installed."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    loaded: Any = sys.modules.get("ray")
+    if loaded and loaded.is_initialized():
+        return loaded
+    unset = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(unset)
     try:
-        return importlib.import_module("ray")
+        ray = importlib.import_module("ray")
     except ModuleNotFoundError as error:
         message = f"{need}: Ray is not installed; run `pip install 'crossfusion-store[ray]'`"
         raise EngineError(message) from error
+    if loaded and unset:
+        ray._raylet.Config.initialize("")  # it has read the environment already: again, as it does itself for tokens
+    return ray
 
 
 def n_cpus() -> int:

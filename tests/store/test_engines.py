@@ -124,16 +124,17 @@ def test_a_token_that_is_made_can_be_read_by_its_owner_alone(home: Path) -> None
     assert made.read_text() == first
 
 
-def test_ray_is_told_to_ask_for_tokens_and_to_report_nothing_before_it_is_loaded() -> None:
+def test_ray_is_told_to_ask_for_tokens_and_to_report_nothing_before_it_is_loaded(tmp_path: Path) -> None:
     """And what the user has set himself stays."""
+    (tmp_path / "ray.py").write_text(
+        "import os; print(*(os.environ[f'RAY_{n}'] for n in ('AUTH_MODE', 'USAGE_STATS_ENABLED', 'task_oom_retries')))"
+    )
     code = (
-        "import os, sys, types; sys.modules['ray'] = types.ModuleType('ray')\n"
-        "from cfstore.ray_connection import load_ray\n"
-        "assert 'RAY_AUTH_MODE' not in os.environ; load_ray('x')\n"
-        "print(*(os.environ[f'RAY_{n}'] for n in ('AUTH_MODE', 'USAGE_STATS_ENABLED', 'task_oom_retries')))"
+        "import os; from cfstore.ray_connection import load_ray; assert 'RAY_AUTH_MODE' not in os.environ; load_ray('')"
     )
     plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment = {**plain, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_task_oom_retries": "9"}
+    path = os.pathsep.join((str(tmp_path), *sys.path))
+    environment = {**plain, "PYTHONPATH": path, "RAY_task_oom_retries": "9"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["token", "0", "9"], done.stderr
 

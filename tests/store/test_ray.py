@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -305,6 +306,30 @@ def test_ctrl_c_ends_the_tasks_and_leaves_the_store_clean(
     report = json.loads(done.stdout)
     assert (report["n_slides"] + report["n_present"], report["n_recovered"]) == (12, 0)
     assert len(bags(store)) == 36
+
+
+def test_who_never_used_ray_gets_a_token_even_where_ray_was_loaded_before(tmp_path: Path) -> None:
+    """Ray reads its settings when it is loaded: without the token it could not talk to what it started."""
+    code = "import ray, cfstore\nwith cfstore.ray_cluster(): print(ray.get(ray.remote(lambda: 7).remote()))"
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment = plain | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "7\n", done.stderr
+    assert stat.S_IMODE((tmp_path / ".ray" / "auth_token").stat().st_mode) == 0o600
+
+
+def test_a_cluster_lets_nobody_in_with_another_token(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("of-somebody-else" * 4)
+    code = "import sys, cfstore\nwith cfstore.ray_cluster(sys.argv[1], need='this'): pass"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+    }
+    command = [sys.executable, "-c", code, cluster.address]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"EngineError: this: no connection to Ray at {cluster.address}" in done.stderr
+    assert "the same token (~/.ray/auth_token)" in done.stderr
 
 
 def test_one_machine_without_a_cluster_starts_its_own_ray_and_ends_it(
