@@ -18,17 +18,14 @@ from cftrain.config import RunConfig, to_toml
 from cftrain.data import load_data
 from cftrain.errors import ConfigError, RunBusyError, RunError
 from cftrain.experiment import FinishedRun, Prepared, Watcher, derive, prepare, write_results
-from cftrain.learner import CHECKPOINT
 from cftrain.memory import EVERYTHING, Allowance
 from cftrain.provenance import collect, this_process
 from cftrain.ranks import ALONE
+from cftrain.run_directory import fold_directory
 from cftrain.stopping import StopRequest, listening
 from cftrain.summary import Effort, total_work
-from cftrain.teams import Done, Spec, Team, Told, fold_directory, train_teams
+from cftrain.teams import Done, Spec, Team, Told, train_teams
 
-_LENGTH: Final = 8
-_LONGEST_HEADER: Final = 100_000_000
-"""Bytes: safetensors' own limit."""
 PROCESSES: Final = "processes.json"
 
 
@@ -44,33 +41,6 @@ def fold_numbers(config: RunConfig, store: Path) -> list[int]:
     extras = {name: config.extras() + config.fit_extras()}
     data = load_data(store, config.data, {name: config.scales()}, config.order_seed, extras)
     return [fold.number for fold in data.folds]
-
-
-def fold_finished(out: Path, fold: int, *, nested: bool) -> bool:
-    """Whether a fold of the run in `out` was trained to its end.
-
-    Parameters
-    ----------
-    nested
-        Whether it has an inner learner, which must be finished too (`RunConfig.has_inner`).
-    """
-    if (out / "summary.json").exists():
-        return True
-    kinds = (False, True) if nested else (False,)
-    return all(_finished(fold_directory(out, fold, inner=inner) / CHECKPOINT) for inner in kinds)
-
-
-def _finished(checkpoint: Path) -> bool:
-    """What a checkpoint says of itself, in the header of the file: no tensor is read."""
-    try:
-        with checkpoint.open("rb") as file:
-            length = int.from_bytes(file.read(_LENGTH), "little")
-            if not 0 < length <= _LONGEST_HEADER:
-                return False
-            about = json.loads(file.read(length))["__metadata__"]
-        return bool(json.loads(about["state"])["finished"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # a job that trains the fold will say what is wrong with it
 
 
 def train_fold(
@@ -121,7 +91,7 @@ def train_fold(
         if fold not in numbers:
             message = f"{out}: no fold {fold}; splits {ready.data.splits.name} have {', '.join(map(str, numbers))}"
             raise ConfigError(message)
-        if not fold_finished(out, fold, nested=config.has_inner):
+        if not run_directory.fold_finished(out, fold, nested=config.has_inner):
             derive(ready, watch.on_derive)
             watch.on_data(ready.data, ready.n_parameters)
             watch.on_cache(ready.cache)
@@ -161,7 +131,7 @@ def _entered(
     while True:
         ready = prepare([run_directory.settled(out, config)], store, device=device, allowance=allowance)
         (own,) = ready.configs
-        with run_directory.entering(out):
+        with run_directory.waiting(out, "begin"):
             if not run_directory.begun(out):
                 run_directory.begin(out, own, _provenance(ready, command))
                 return ready
@@ -207,7 +177,7 @@ def _closed(ready: Prepared, out: Path) -> FinishedRun | None:
     """
     (config,) = ready.configs
     numbers = [fold.number for fold in ready.data.folds]
-    if not all(fold_finished(out, number, nested=config.has_inner) for number in numbers):
+    if not all(run_directory.fold_finished(out, number, nested=config.has_inner) for number in numbers):
         return None
     try:
         with run_directory.held(out), listening() as stop:

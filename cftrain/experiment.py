@@ -34,7 +34,7 @@ from cftrain.extras import derive_missing
 from cftrain.feed import cohort_bytes
 from cftrain.folds import FoldExamples, inner_fold
 from cftrain.footprint import blueprint
-from cftrain.learner import CHECKPOINT, bins_of, build_options
+from cftrain.learner import bins_of, build_options
 from cftrain.memory import EVERYTHING, Allowance, free_ram
 from cftrain.models import SurvivalModel
 from cftrain.nested import with_choice
@@ -42,9 +42,10 @@ from cftrain.passes import Beat
 from cftrain.provenance import collect, digests
 from cftrain.ranks import Ranks, process_group, processes_here
 from cftrain.results import Epoch, FoldResult, write_predictions
+from cftrain.run_directory import CHECKPOINT, fold_directory
 from cftrain.stopping import StopRequest, listening
 from cftrain.summary import Effort, total_work, write_summary
-from cftrain.teams import Done, Spec, Team, Told, fold_directory, train_teams
+from cftrain.teams import Done, Spec, Team, Told, train_teams
 
 _LEARNER_BYTES = 16
 """Of each parameter: the weight, Adam's two moments, and the weight under validation."""

@@ -31,11 +31,10 @@ from cftrain.models import SurvivalModel, build
 from cftrain.order import Schedule, Step, pack_seed, shared_out, steps_of
 from cftrain.ranks import Ranks
 from cftrain.results import Epoch, FoldResult, Predictions, predictions_of, scores, without_nan
+from cftrain.run_directory import CHECKPOINT
 from cftrain.survival import TimeBins, class_weights, fit_bins
 from cftrain.training_fold import FoldData
 from cftrain.zoo import model_info
-
-CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass

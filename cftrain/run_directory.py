@@ -13,6 +13,11 @@ from typing import Any, Final
 from cftrain.config import RESUMABLE, RunConfig, differences, load_config, to_toml
 from cftrain.errors import RunBusyError, RunError
 
+CHECKPOINT: Final = "checkpoint.safetensors"
+"""Of a learner, in the directory of its fold."""
+_LENGTH: Final = 8
+_LONGEST_HEADER: Final = 100_000_000
+"""Bytes of a safetensors file's header: the format's own limit."""
 _SAME_DATA = ("data_digest", "splits_digest")
 _LOCK: Final = ".lock"
 _UNFINISHED: Final = (".config.toml", ".provenance.json", "provenance.json")
@@ -127,6 +132,38 @@ def stored_provenance(out: Path) -> dict[str, Any]:
     return found
 
 
+def fold_directory(out: Path, fold: int, *, inner: bool = False) -> Path:
+    """Where the files of a fold are, or of its inner learner."""
+    return out / f"fold_{fold}" / "inner" if inner else out / f"fold_{fold}"
+
+
+def fold_finished(out: Path, fold: int, *, nested: bool) -> bool:
+    """Whether a fold of the run in `out` was trained to its end.
+
+    Parameters
+    ----------
+    nested
+        Whether it has an inner learner, which must be finished too (`RunConfig.has_inner`).
+    """
+    if (out / "summary.json").exists():
+        return True
+    kinds = (False, True) if nested else (False,)
+    return all(_finished(fold_directory(out, fold, inner=inner) / CHECKPOINT) for inner in kinds)
+
+
+def _finished(checkpoint: Path) -> bool:
+    """What a checkpoint says of itself, in the header of the file: no tensor is read."""
+    try:
+        with checkpoint.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH), "little")
+            if not 0 < length <= _LONGEST_HEADER:
+                return False
+            about = json.loads(file.read(length))["__metadata__"]
+        return bool(json.loads(about["state"])["finished"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # a job that trains the fold will say what is wrong with it
+
+
 def unfinished(folder: Path) -> list[Path]:
     """Runs in `folder` that were begun and not finished, the latest begun last."""
     found = [path.parent for path in (*folder.glob("*/config.toml"), *folder.glob("*/*/config.toml"))]
@@ -168,15 +205,15 @@ def fold_held(out: Path, fold: int) -> Iterator[None]:
 
 
 @contextmanager
-def entering(out: Path) -> Iterator[None]:
-    """One process at a time: while it begins the run, or finds that another has; the others wait.
+def waiting(folder: Path, what: str) -> Iterator[None]:
+    """One process at a time for what has this name in the folder; the others wait.
 
     Raises
     ------
     RunError
-        The directory cannot be locked.
+        The folder cannot be locked.
     """
-    with _locked(out, f"{_LOCK}.begin", fcntl.LOCK_EX):
+    with _locked(folder, f"{_LOCK}.{what}", fcntl.LOCK_EX):
         yield
 
 

@@ -28,6 +28,7 @@ from cftrain.learner import Learner, seconds_before
 from cftrain.passes import Beat, Clock, Group, stopped, train
 from cftrain.ranks import ALONE, Ranks
 from cftrain.results import Epoch, FoldResult
+from cftrain.run_directory import fold_directory
 from cftrain.stopping import StopRequest, listening
 
 
@@ -80,11 +81,6 @@ class Done:
     result: FoldResult
     elapsed: float
     peak_bytes: int
-
-
-def fold_directory(out: Path, fold: int, *, inner: bool = False) -> Path:
-    """Where the files of a fold are, or of its inner learner."""
-    return out / f"fold_{fold}" / "inner" if inner else out / f"fold_{fold}"
 
 
 def train_teams(

@@ -12,6 +12,7 @@ from cftrain.cli.heatmap import heatmap
 from cftrain.cli.model_zoo import import_weights, models
 from cftrain.cli.results import compare, predict, report
 from cftrain.cli.running import run
+from cftrain.cli.sweeping import sweep
 from cftrain.errors import StoppedError, TrainError
 
 STOPPED = 75
@@ -43,5 +44,5 @@ def main() -> None:
     """
 
 
-for command in (run, report, compare, predict, heatmap, models, import_weights):
+for command in (run, sweep, report, compare, predict, heatmap, models, import_weights):
     main.add_command(command)

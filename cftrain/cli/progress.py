@@ -156,14 +156,13 @@ class Progress:
         if math.isnan(self._first_share):
             self._first_share = share
         elapsed, gone = time.monotonic() - self._started, share - self._first_share
-        left = f"about {_duration(elapsed * (1 - share) / gone)} left" if gone > 0.002 else "..."
+        left = f"about {duration(elapsed * (1 - share) / gone)} left" if gone > 0.002 else "..."
         slides = sum(beat.work.n_slides for beat in self._beats.values())
         waited = sum(beat.work.wait_seconds for beat in self._beats.values())
         busy = waited + sum(beat.work.compute_seconds for beat in self._beats.values())
         rate = f"{slides / busy * len(self._beats):,.0f} slides/s, " if busy else ""
         waiting = f"{100 * waited / busy:.0f} % waiting for data, " if busy else ""
-        filled = round(_BAR * share)
-        return f"[{'#' * filled}{'.' * (_BAR - filled)}] {100 * share:3.0f} %  {rate}{waiting}{left}"
+        return f"{bar(share)}  {rate}{waiting}{left}"
 
 
 def excluded_lines(excluded: Any) -> list[str]:
@@ -179,7 +178,14 @@ def number(value: float | None) -> str:
     return "n/a" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-def _duration(seconds: float) -> str:
+def bar(share: float) -> str:
+    """A share as a bar and in per cent."""
+    filled = round(_BAR * share)
+    return f"[{'#' * filled}{'.' * (_BAR - filled)}] {100 * share:3.0f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

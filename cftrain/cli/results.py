@@ -16,7 +16,7 @@ from cftrain.cli.progress import excluded_lines, number
 METRICS: Final = tuple(
     f"{metric}{rule}" for rule in ("", "_best_epoch", "_nested") for metric in ("c_index_patient", "c_index")
 )
-FORMATS: Final = {".md": "markdown", ".csv": "csv", ".tex": "latex", ".json": "json"}
+FORMATS: Final = {".md": "markdown", ".csv": "csv", ".tex": "latex", ".html": "html", ".json": "json"}
 _SHARE_TOLD: Final = 10  # per cent of the slides between two lines of progress
 _FEW_MONTHS: Final = 8
 
@@ -44,7 +44,7 @@ def report(run_directory: Path) -> None:
     "--format",
     "form",
     type=click.Choice(["text", *FORMATS.values()]),
-    help="[default: what the name of -o says (.md, .csv, .tex, .json), else text]",
+    help="[default: what the name of -o says (.md, .csv, .tex, .html, .json), else text]",
 )
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file.")
 @click.option(
@@ -75,7 +75,13 @@ def compare(
     if chosen == "json":
         text = json.dumps(tables.to_dict(found), indent=2) + "\n"
     else:
-        write = {"text": tables.to_text, "markdown": tables.to_markdown, "csv": tables.to_csv, "latex": tables.to_latex}
+        write = {
+            "text": tables.to_text,
+            "markdown": tables.to_markdown,
+            "csv": tables.to_csv,
+            "latex": tables.to_latex,
+            "html": tables.to_html,
+        }
         text = write[chosen](found)
     if output is None:
         click.echo(text, nl=False)

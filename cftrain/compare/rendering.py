@@ -33,7 +33,7 @@ def to_markdown(comparison: Comparison) -> str:
 
     header, rows = _grid(comparison, mark, _markdown, "±")
     lines = [_pipes(header), _pipes(["---"] * len(header)), *map(_pipes, rows), ""]
-    lines += [_markdown(" ".join([*comparison.caption, *_legend(comparison, "in bold", "underlined")]))]
+    lines += [_markdown(" ".join([*comparison.caption, *legend_of(comparison, "in bold", "underlined")]))]
     lines += ["", *(f"- {_markdown(note)}" for note in comparison.notes)] if comparison.notes else []
     return "\n".join(lines) + "\n"
 
@@ -45,7 +45,7 @@ def to_latex(comparison: Comparison) -> str:
         return {1: rf"\textbf{{{number}}}", 2: rf"\underline{{{number}}}"}.get(place, number)
 
     header, rows = _grid(comparison, mark, _latex, r"$\pm$")
-    legend = _legend(comparison, "in bold", "underlined")
+    legend = legend_of(comparison, "in bold", "underlined")
     lines = [
         r"\begin{table}",
         r"\centering",
@@ -69,7 +69,7 @@ def to_text(comparison: Comparison) -> str:
         return number + {1: " *", 2: " +"}.get(place, "")
 
     header, rows = _grid(comparison, mark, _printable, "±")
-    legend = _legend(comparison, "marked *", "marked +")
+    legend = legend_of(comparison, "marked *", "marked +")
     beneath = [_printable(line) for line in (*comparison.caption, *legend, *comparison.notes)]
     return "\n".join([*_padded([header, *rows]), "", *beneath]) + "\n"
 
@@ -109,7 +109,7 @@ def _grid(
     for row in comparison.rows:
         cells = [_cell(cell, mark, escape, plus_minus) for cell in row.cells]
         rows.append(
-            [escape(row.name) + _seeds(row), *cells, *([mark(_number(row.mean), row.place)] if several else [])]
+            [escape(row.name) + seeds_text(row), *cells, *([mark(number_text(row.mean), row.place)] if several else [])]
         )
     return header, rows
 
@@ -117,28 +117,31 @@ def _grid(
 def _cell(cell: Cell | None, mark: Mark, escape: Callable[[str], str], plus_minus: str) -> str:
     if cell is None:
         return "-"
-    number = mark(f"{_number(cell.mean)} {plus_minus} {_number(cell.std)}", cell.place)
-    return number if math.isnan(cell.p_value) else f"{number} ({escape(_p(cell.p_value))})"
+    number = mark(f"{number_text(cell.mean)} {plus_minus} {number_text(cell.std)}", cell.place)
+    return number if math.isnan(cell.p_value) else f"{number} ({escape(p_text(cell.p_value))})"
 
 
-def _seeds(row: Row) -> str:
+def seeds_text(row: Row) -> str:
+    """How many seeds its cells are of, where that is not one."""
     counts = sorted({len(cell.seeds) for cell in row.cells if cell is not None})
     if counts == [1]:
         return ""
     return f" ({counts[0]} seeds)" if len(counts) == 1 else f" ({counts[0]} to {counts[-1]} seeds)"
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
+    """Three decimals, or n/a."""
     return "n/a" if math.isnan(value) else f"{value:.3f}"
 
 
-def _p(value: float) -> str:
+def p_text(value: float) -> str:
+    """A p-value with its name."""
     if value < 0.001:
         return "p < 0.001"
     return f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
 
 
-def _legend(comparison: Comparison, best: str, second: str) -> list[str]:
+def legend_of(comparison: Comparison, best: str, second: str) -> list[str]:
     """What the marks mean, where there are any."""
     places = [cell.place for row in comparison.rows for cell in row.cells if cell is not None]
     return [f"The best of a cohort is {best}, the second {second}."] if any(places) else []

@@ -19,7 +19,7 @@ from cftrain.checkpoints import load_model
 from cftrain.config import RunConfig, load_config
 from cftrain.errors import RunError
 from cftrain.models import SurvivalModel
-from cftrain.teams import fold_directory
+from cftrain.run_directory import fold_directory
 
 Weights = Literal["last", "best"]
 _RISK: Final = {"last": "risk", "best": "risk_best_epoch"}

@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 from cftrain import apart, run_directory
-from cftrain.apart import close, fold_finished, fold_numbers, train_fold
+from cftrain.apart import close, fold_numbers, train_fold
 from cftrain.config import load_config
 from cftrain.errors import ConfigError, RunBusyError, RunError
 from cftrain.experiment import Watcher, cross_validate
 from cftrain.report import write_report
+from cftrain.run_directory import fold_finished
 
 SETTINGS = [
     "train.epochs=3", "train.accumulate=4", "train.select_from=1", "train.batch_patches=200",

@@ -1,0 +1,173 @@
+"""The jobs of a sweep on the nodes of a Ray cluster: one task each, begun again where a worker or its node dies.
+
+A task goes on from its own checkpoint, as a run does that was stopped. The lock of a run directory dies with the
+process that held it. What comes back is a row per job; results lie on the storage that all nodes share.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from cfstore import EngineError, check_code, code_version, ray_cluster
+from cftrain.memory import Allowance
+from cftrain.stopping import StopRequest
+from cftrain.sweep.engines import Listener, process_died
+from cftrain.sweep.jobs import Job, Outcome
+from cftrain.sweep.plan import Resources
+from cftrain.sweep.work import Place, do, note_error
+
+NEED: Final = "cftrain sweep --engine ray"
+_POLL_SECONDS: Final = 1.0
+_PATIENCE: Final = 300.0
+"""Seconds for the locks of a process that is given up for dead to go: a file server may keep those of a machine that
+lost power for 90."""
+_LEAVE_SECONDS: Final = 300.0
+"""For jobs that were asked to stop to write their checkpoints."""
+
+
+@dataclass(frozen=True)
+class OnRay:
+    """An engine of a sweep (`cftrain.sweep.engines.Engine`).
+
+    Parameters
+    ----------
+    resources
+        What Ray keeps for each job: CPUs (one where none are named), its part of a GPU, memory.
+    address
+        As `cfstore.ray_cluster` takes it.
+
+    Raises
+    ------
+    EngineError
+        See `cfstore.ray_cluster`; or a node has other code, or does not see the sweep's directory.
+    """
+
+    resources: Resources
+    address: str | None = None
+
+    def __call__(self, jobs: Sequence[Job], command: Sequence[str], listener: Listener, stop: StopRequest) -> None:
+        """See `Engine`."""
+        if not jobs:
+            return
+        with ray_cluster(self.address, need=NEED) as ray:
+            _check_fits(ray, self.resources)
+            asked = _asked(self.resources)
+            task = ray.remote(**asked, max_retries=self.resources.retries, retry_exceptions=False)(_do)
+            code, place = code_version(), _place(self.resources)
+            pending = {task.remote(code, pickle.dumps((job, place, tuple(command)))): job for job in jobs}
+            self._collect(ray, pending, listener, stop)
+
+    def _collect(self, ray: Any, pending: dict[Any, Job], listener: Listener, stop: StopRequest) -> None:
+        leaving = 0.0
+        try:
+            while pending:
+                ready, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_SECONDS)
+                for each in ready:
+                    job = pending.pop(each)
+                    listener.ended(job, self._outcome(ray, each, job, stopping=bool(stop)))
+                listener.tick()
+                if stop and not leaving:
+                    leaving = time.monotonic() + _LEAVE_SECONDS
+                    _cancel(ray, pending, force=False)
+                if leaving and time.monotonic() > leaving:
+                    return
+        finally:
+            _cancel(ray, pending, force=True)
+
+    def _outcome(self, ray: Any, reference: Any, job: Job, *, stopping: bool) -> Outcome:
+        """What a task came to.
+
+        Raises
+        ------
+        EngineError
+            Its node is not fit for the work; no other job would fare better there.
+        """
+        try:
+            found: Outcome = ray.get(reference)
+        except ray.exceptions.TaskCancelledError:
+            return Outcome(job.name, "stopped")
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, EngineError):
+                raise error.cause from error
+            return Outcome(job.name, "stopped") if stopping else _failed(job, _first_line(error.cause or error))
+        except ray.exceptions.RayError as error:
+            if stopping:
+                return Outcome(job.name, "stopped")
+            return _failed(job, process_died(type(error).__name__, self.resources.retries + 1))
+        return found
+
+
+def _do(code: str, packed: bytes) -> Outcome:
+    """Runs on a node. What is packed is unpacked only when the code that it names is known to be the same.
+
+    Raises
+    ------
+    EngineError
+        It has other code, or does not see the sweep's directory.
+    """
+    check_code(code)
+    job, place, command = pickle.loads(packed)  # noqa: S301 - of the process that gave out the jobs, by Ray
+    _check_sees(job.run.out.parent)
+    return do(job, place, command)
+
+
+def _check_sees(out: Path) -> None:
+    """The process that gave out the jobs holds a lock in the sweep's directory, so it is there."""
+    if not (out / ".lock").exists():
+        message = (
+            f"node {os.uname().nodename} does not see the sweep's directory {out}; "
+            "it must be on storage that all nodes share, under the same path on each"
+        )
+        raise EngineError(message)
+
+
+def _asked(resources: Resources) -> dict[str, float]:
+    """What Ray keeps for a job."""
+    memory = {} if resources.memory is None else {"memory": resources.memory}
+    return {"num_cpus": resources.cpus or 1, "num_gpus": resources.gpus or 0, **memory}
+
+
+def _place(resources: Resources) -> Place:
+    """A job has the GPU that Ray gave it, or none."""
+    device = "cuda" if resources.gpus else "cpu"
+    return Place(device, resources.cpus or 1, Allowance(resources.memory, resources.gpus or 1.0), _PATIENCE)
+
+
+def _check_fits(ray: Any, resources: Resources) -> None:
+    """Ray would wait for a node that fits, for ever and in silence.
+
+    Raises
+    ------
+    EngineError
+        There is none.
+    """
+    needed = {"CPU": resources.cpus or 1, "GPU": resources.gpus or 0, "memory": resources.memory or 0}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0) >= amount for name, amount in needed.items()) for node in nodes):
+        asked = ", ".join(f"{name} {amount:g}" for name, amount in needed.items() if amount)
+        has = "; ".join(", ".join(f"{name} {node.get(name, 0):g}" for name in needed) for node in nodes)
+        message = (
+            f"{NEED}: no node of the Ray cluster has what a job takes ({asked}; the nodes have: {has}); "
+            "ask for less in [resources] of the plan, or start a larger node"
+        )
+        raise EngineError(message)
+
+
+def _cancel(ray: Any, pending: dict[Any, Job], *, force: bool) -> None:
+    for reference in pending:
+        ray.cancel(reference, force=force)
+
+
+def _failed(job: Job, text: str) -> Outcome:
+    note_error(job, text)
+    return Outcome(job.name, "failed", text)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
