@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from cfstore import EngineError, check_code, code_version, ray_cluster
 from cftrain.memory import Allowance
-from cftrain.stopping import StopRequest
+from cftrain.stopping import StopRequest, listening
 from cftrain.sweep.engines import Listener, process_died
 from cftrain.sweep.jobs import Job, Outcome
 from cftrain.sweep.plan import Resources
@@ -61,7 +61,11 @@ class OnRay:
             task = ray.remote(**asked, max_retries=self.resources.retries, retry_exceptions=False)(_do)
             code, place = code_version(), _place(self.resources)
             pending = {task.remote(code, pickle.dumps((job, place, tuple(command)))): job for job in jobs}
-            self._collect(ray, pending, listener, stop)
+            with listening(lambda: stop.by if stop else None) as own:  # once more: Ray has put its handlers over ours
+                try:
+                    self._collect(ray, pending, listener, own)
+                finally:
+                    stop.by = own.by
 
     def _collect(self, ray: Any, pending: dict[Any, Job], listener: Listener, stop: StopRequest) -> None:
         leaving = 0.0
