@@ -41,7 +41,7 @@ from cfstore.plan import HeldBag, IngestPlan, Key, Progress, make_plan
 from cfstore.prototypes import PrototypeSet, fit_folds
 from cfstore.query import run_query
 from cfstore.reader import SlideReader
-from cfstore.remote.disk_cache import parse_cache
+from cfstore.remote.disk_cache import CACHE_VARIABLE, parse_cache
 from cfstore.remote.locate import is_url
 from cfstore.removal import CompactReport, ReindexReport, compact, reindex, remove_slides
 from cfstore.ring import Allocate, page_aligned
@@ -690,7 +690,7 @@ def open_store(path: Path | str, *, create: bool = False, cache: str | None = No
     CacheError
         The cache is not named so, or cannot be used.
     """
-    said = cache if cache is not None else os.environ.get("CFSTORE_CACHE")
+    said = cache if cache is not None else os.environ.get(CACHE_VARIABLE)
     setting = parse_cache(said) if said else None
     if is_url(path):
         if create:

@@ -45,7 +45,7 @@ def fold_numbers(config: RunConfig, store: Path) -> list[int]:
 
 def train_fold(
     config: RunConfig,
-    store: Path,
+    store: Path | str,
     out: Path,
     fold: int,
     *,
@@ -102,7 +102,7 @@ def train_fold(
 
 
 def close(
-    config: RunConfig, store: Path, out: Path, *, device: str = "auto", allowance: Allowance = EVERYTHING
+    config: RunConfig, store: Path | str, out: Path, *, device: str = "auto", allowance: Allowance = EVERYTHING
 ) -> FinishedRun | None:
     """Write the results of a run whose folds were all trained, if nobody has; None where that cannot be done yet.
 
@@ -121,7 +121,7 @@ def close(
 
 
 def _entered(
-    config: RunConfig, store: Path, out: Path, device: str, command: Sequence[str], allowance: Allowance
+    config: RunConfig, store: Path | str, out: Path, device: str, command: Sequence[str], allowance: Allowance
 ) -> Prepared:
     """The run as this process found it begun, or began it.
 

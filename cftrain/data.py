@@ -34,7 +34,7 @@ class RunData:
 
 
 def load_data(
-    store: Path,
+    store: Path | str,
     config: DataConfig,
     models: Mapping[str, Sequence[int]],
     seed: int,

@@ -126,7 +126,7 @@ def _specs(run: int, config: RunConfig, data: RunData) -> list[Spec]:
 
 def prepare(
     configs: Sequence[RunConfig],
-    store: Path,
+    store: Path | str,
     *,
     device: str = "auto",
     jobs: int = 1,
@@ -246,7 +246,7 @@ def _cost(model: str, options: tuple[tuple[str, ModelOption], ...], dim: int, de
 
 def cross_validate(
     config: RunConfig,
-    store: Path,
+    store: Path | str,
     out: Path,
     *,
     device: str = "auto",
@@ -265,7 +265,7 @@ def cross_validate(
 
 def train_runs(
     configs: Sequence[RunConfig],
-    store: Path,
+    store: Path | str,
     outs: Sequence[Path],
     *,
     device: str = "auto",

@@ -36,7 +36,12 @@ class Fitting:
 
 
 def fitting_models(
-    store: Path, *, preset: str | None, file: Path | None, flags: Mapping[str, str | None], settings: Sequence[str]
+    store: Path | str,
+    *,
+    preset: str | None,
+    file: Path | None,
+    flags: Mapping[str, str | None],
+    settings: Sequence[str],
 ) -> Fitting:
     """Find the models whose scales, coordinates and graphs the features have; reads no features.
 
@@ -77,7 +82,7 @@ class _Ground:
     of_tars: bool
 
 
-def _ground(store: Path, config: DataConfig) -> _Ground:
+def _ground(store: Path | str, config: DataConfig) -> _Ground:
     opened = cfstore.open_tars(config.shards) if config.shards else cfstore.open(store)
     named, where = config.cohort or None, config.where or None
     encoder = opened.choose_encoder(named, config.encoder or None, where)

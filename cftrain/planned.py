@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cftrain.config import RunConfig, load_config
 from cftrain.errors import RunError
-from cftrain.run_directory import begun, stored_provenance, unfinished
+from cftrain.run_directory import begun, stored_store, unfinished
 
 _MOST_NAMES = 3
 """In the name of a directory."""
@@ -22,7 +22,7 @@ class Planned:
     configs: tuple[RunConfig, ...]
     outs: tuple[Path, ...]
     labels: tuple[str, ...]
-    store: Path
+    store: Path | str
 
 
 def new_runs(
@@ -30,7 +30,7 @@ def new_runs(
     runs: Path,
     models: Sequence[str],
     seeds: int,
-    store: Path,
+    store: Path | str,
     *,
     preset: str | None,
     file: Path | None,
@@ -75,7 +75,7 @@ def _seeded(config: RunConfig, step: int) -> RunConfig:
 
 
 def resumed(
-    out: Path | None, runs: Path, store: Path | None, flags: Mapping[str, str | None], settings: Sequence[str]
+    out: Path | None, runs: Path, store: Path | str | None, flags: Mapping[str, str | None], settings: Sequence[str]
 ) -> Planned:
     """The run in `out`, or all runs in it; without `out` the unfinished one of `runs` that was begun last.
 
@@ -93,7 +93,7 @@ def resumed(
     """
     found = _begun_in(out) if out else _latest(runs)
     configs = tuple(load_config(file=run / "config.toml", flags=flags, settings=settings) for run in found)
-    where = store or Path(stored_provenance(found[0]).get("store", "."))
+    where = store or stored_store(found[0]) or Path()
     return Planned(configs, tuple(found), tuple(run.name for run in found) if len(found) > 1 else (), where)
 
 

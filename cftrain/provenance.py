@@ -76,7 +76,7 @@ def _origin(data: RunData, where: str, shards: str) -> dict[str, Any]:
     """The store, or the tars and for each a digest over the records of its bags; and the condition, if any."""
     condition = {"where": where} if where else {}
     if not shards:
-        return {"store": str(data.store.path.resolve()), "store_uuid": data.store.header.uuid, **condition}
+        return {"store": data.store.location, "store_uuid": data.store.header.uuid, **condition}
     lines: dict[str, list[str]] = {}
     for row in data.store.sql("SELECT shard, slide_id, scale, digest FROM bags ORDER BY ALL").to_pylist():
         lines.setdefault(row["shard"], []).append(f"{row['slide_id']} {row['scale']} {row['digest']}")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from cfstore import is_url
 from cftrain.config import RESUMABLE, RunConfig, differences, load_config, to_toml
 from cftrain.errors import RunBusyError, RunError
 
@@ -130,6 +131,12 @@ def stored_provenance(out: Path) -> dict[str, Any]:
         message = f"{out}: provenance.json cannot be read ({error}); begin a new run"
         raise RunError(message) from error
     return found
+
+
+def stored_store(out: Path) -> Path | str | None:
+    """The store that a run was begun on, a folder or an address; None where it was tars. Raises as above."""
+    place = stored_provenance(out).get("store")
+    return place if place is None or is_url(place) else Path(place)
 
 
 def fold_directory(out: Path, fold: int, *, inner: bool = False) -> Path:

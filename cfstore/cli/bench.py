@@ -35,7 +35,7 @@ def bench_codecs(
     scale: str | None,
     mb: int,
     threads: int | None,
-    store: Path,
+    store: Path | str,
     as_json: bool,
 ) -> None:
     """Compare precisions and codecs on your features: those of the folder PATH, else of the store.
@@ -49,12 +49,13 @@ def bench_codecs(
         cfstore bench codecs --store cfstore-data --threads 8 --json
     """
     from cfstore import bench as library
+    from cfstore.store import open_store
 
     nbytes = mb * 1_000_000
     if path is not None:
         rows = library.rows_of_folder(path, scale=int(scale) if scale else None, encoder=encoder, max_bytes=nbytes)
     else:
-        rows = library.rows_of_store(store, encoder=encoder, max_bytes=nbytes)
+        rows = library.rows_of_store(open_store(store).path, encoder=encoder, max_bytes=nbytes)
     with progress("measuring", "runs") as step:
         found = library.bench_codecs(rows, threads=threads, progress=step)
     if as_json:

@@ -40,7 +40,7 @@ def derive(
     splits: str | None,
     scale: str | None,
     seed: int | None,
-    store: Path,
+    store: Path | str,
     as_json: bool,
 ) -> None:
     """Compute what graph and multi-scale models need of bags besides features, once, and keep it.

@@ -35,7 +35,7 @@ def export(
     cohort: str | None,
     encoder: str | None,
     shard_slides: int,
-    store: Path,
+    store: Path | str,
     as_json: bool,
 ) -> None:
     """Write slides with their labels into a new folder, for other programs or another machine.

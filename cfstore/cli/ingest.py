@@ -69,7 +69,7 @@ def ingest(
     address: str | None,
     on_error: Any,
     dry_run: bool,
-    store: Path,
+    store: Path | str,
     as_json: bool,
 ) -> None:
     """Take over a folder of feature files (CLAM, TRIDENT, or plain .h5/.pt).
@@ -96,6 +96,8 @@ def ingest(
         format=form,
     )
     options.chosen_codec()
+    if isinstance(store, str):
+        store = open_store(store, create=True).path
     exists = (store / "store.json").exists()
     opened = open_store(store, create=True) if exists or not dry_run else None
     with progress("looking at files", "files") as step:

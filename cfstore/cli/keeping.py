@@ -20,7 +20,7 @@ from cfstore.cli.terminal import json_option, print_json, printer, progress, sto
 @click.option("--threads", type=click.IntRange(min=1), help="Slides checked at once [default: one per core].")
 @store_option
 @json_option
-def verify(deep: bool, threads: int | None, store: Path, as_json: bool) -> None:
+def verify(deep: bool, threads: int | None, store: Path | str, as_json: bool) -> None:
     """Check that catalog, shards and every stored byte are what was written.
 
     Names every slide that is damaged, and what to do; exit code 1 if there is one.
@@ -46,7 +46,7 @@ def verify(deep: bool, threads: int | None, store: Path, as_json: bool) -> None:
 @click.command()
 @store_option
 @json_option
-def reindex(store: Path, as_json: bool) -> None:
+def reindex(store: Path | str, as_json: bool) -> None:
     """Make the catalog anew from the shards, imported tables and derived files alone.
 
     \b
@@ -69,7 +69,7 @@ def reindex(store: Path, as_json: bool) -> None:
 @click.option("--encoder", metavar="NAME", help="Only what this encoder made of them [default: all].")
 @store_option
 @json_option
-def rm(slides: tuple[str, ...], encoder: str | None, store: Path, as_json: bool) -> None:
+def rm(slides: tuple[str, ...], encoder: str | None, store: Path | str, as_json: bool) -> None:
     """Take slides out of the store. `cfstore compact` frees their space.
 
     \b
@@ -93,7 +93,7 @@ def rm(slides: tuple[str, ...], encoder: str | None, store: Path, as_json: bool)
 @click.command()
 @store_option
 @json_option
-def compact(store: Path, as_json: bool) -> None:
+def compact(store: Path | str, as_json: bool) -> None:
     """Free the space of removed slides, and put small shards together.
 
     Every slide is checked against its digest while it is copied.

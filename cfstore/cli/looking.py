@@ -26,7 +26,7 @@ from cfstore.render import human_bytes, plain, text_table
     "--runs", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Also see these training runs."
 )
 @store_option
-def sql(query: str, form: str, output: Path | None, runs: Path | None, store: Path) -> None:
+def sql(query: str, form: str, output: Path | None, runs: Path | None, store: Path | str) -> None:
     """Run one read-only SQL query over patients, slides, bags, splits, skipped, derived and prototypes.
 
     With --runs DIR also over runs and predictions. Nothing outside the store can be read or
@@ -93,7 +93,7 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
 @click.command()
 @store_option
 @json_option
-def info(store: Path, as_json: bool) -> None:
+def info(store: Path | str, as_json: bool) -> None:
     """Show what the store holds, which labels and slides miss each other, and what was left out.
 
     \b
@@ -141,7 +141,7 @@ def _readable(encoders: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 @click.argument("slide")
 @store_option
 @json_option
-def show(slide: str, store: Path, as_json: bool) -> None:
+def show(slide: str, store: Path | str, as_json: bool) -> None:
     """Show one slide: its patient and its bags.
 
     \b

@@ -14,7 +14,7 @@ from cfstore.cli.terminal import echo_rows, json_option, print_json, printer, st
 @click.option("--cohort", metavar="NAME", help="Cohort of its patients, where the table does not say.")
 @store_option
 @json_option
-def clinical(file: Path, cohort: str | None, store: Path, as_json: bool) -> None:
+def clinical(file: Path, cohort: str | None, store: Path | str, as_json: bool) -> None:
     """Import a clinical table: who, how long followed, died or not, and every other column.
 
     Recognised by their columns: MCAT/PORPOISE/CrossFusion, SurvPath, MMP, TCGA-CDR, cBioPortal,
@@ -62,7 +62,7 @@ def splits(
     cohort: str | None,
     name: str | None,
     seed: int,
-    store: Path,
+    store: Path | str,
     as_json: bool,
 ) -> None:
     """Import folds of patients from splits_<k>.csv files, or make them.

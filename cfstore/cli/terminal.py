@@ -3,31 +3,80 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from cfstore.errors import StoreError
+from cfstore.remote.disk_cache import CACHE_VARIABLE, parse_cache
+from cfstore.remote.locate import is_url, normal_url
 from cfstore.render import plain, text_table
 
 F = TypeVar("F", bound=Callable[..., Any])
 _QUIET_SECONDS = 2.0
 
 
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Path | str]
+else:
+    _ParamType = click.ParamType  # not generic at run time in every release
+
+
+class StorePlace(_ParamType):
+    """A folder, as a Path; or an address such as s3://bucket/folder, as a str."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        if isinstance(value, str) and is_url(value):
+            try:
+                return normal_url(value)
+            except StoreError as error:
+                self.fail(str(error), param, ctx)
+        return Path(value)
+
+
 def store_option(command: F) -> F:
-    """--store."""
-    return click.option(
+    """--store and --cache."""
+    cache = click.option(
+        "--cache",
+        metavar="disk:DIR:SIZE",
+        expose_value=False,
+        callback=_use_cache,
+        help="Keep on a local disk what is read of a store on object storage; also $CFSTORE_CACHE.",
+    )
+    store = click.option(
         "--store",
-        type=click.Path(path_type=Path),
+        type=StorePlace(),
         envvar="CFSTORE",
         default=Path("cfstore-data"),
         show_default=True,
-        help="The store's directory; also $CFSTORE.",
-    )(command)
+        help="The store's directory or address (s3://bucket/folder, gs://, az://, https://); also $CFSTORE.",
+    )
+    return store(cache(command))
+
+
+def _use_cache(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    """Let this command, and the processes it starts, open stores with that cache."""
+    if value is None:
+        return
+    parse_cache(value)
+    before = os.environ.get(CACHE_VARIABLE)
+    os.environ[CACHE_VARIABLE] = value
+
+    def restore() -> None:
+        if before is None:
+            os.environ.pop(CACHE_VARIABLE, None)
+        else:
+            os.environ[CACHE_VARIABLE] = before
+
+    ctx.call_on_close(restore)
 
 
 def json_option(command: F) -> F:

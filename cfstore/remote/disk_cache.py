@@ -34,6 +34,8 @@ from numpy.typing import NDArray
 from cfstore.errors import CacheError
 from cfstore.locks import discard, sweep, try_lock
 
+CACHE_VARIABLE: Final = "CFSTORE_CACHE"
+"""In the environment: the cache of stores that are opened without naming one."""
 _TRAILER: Final = struct.Struct("<8sQ16s")
 _MAGIC: Final = b"cfrange1"
 _KEPT_OF_LIMIT: Final = 0.9  # that stays when something goes, so that it need not go at every slide

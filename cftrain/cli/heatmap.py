@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 import click
 
 from cftrain.cli.columns import padded
+from cftrain.cli.places import StorePlace
 
 _SYNTHETIC: Final = {
     True: "SYNTHETIC DATA: invented by `cfstore synth`, about no real patient",
@@ -44,7 +45,7 @@ _SYNTHETIC: Final = {
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the check: of the random choices.")
 @click.option("--wsi", type=click.Path(exists=True, path_type=Path), help="The slide's image, or a folder that has it.")
-@click.option("--store", type=click.Path(path_type=Path), help="The store of the slide [default: the run's].")
+@click.option("--store", type=StorePlace(), help="The store of the slide [default: the run's].")
 @click.option("--shards", metavar="TARS", help="Tars in place of a store: 'path/{000..031}.tar'.")
 @click.option("--encoder", metavar="NAME", help="Encoder of the features [default: the run's, by name].")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of one heatmap [default: RUN/heatmaps/ID].")
@@ -63,7 +64,7 @@ def heatmap(
     draws: int,
     seed: int,
     wsi: Path | None,
-    store: Path | None,
+    store: Path | str | None,
     shards: str | None,
     encoder: str | None,
     out: Path | None,

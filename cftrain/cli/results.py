@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 import click
 
 from cftrain.cli.columns import padded
+from cftrain.cli.places import StorePlace
 from cftrain.cli.progress import excluded_lines, number
 
 METRICS: Final = tuple(
@@ -94,7 +95,7 @@ def compare(
 
 @click.command()
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--store", type=click.Path(path_type=Path), help="The store whose slides are predicted.")
+@click.option("--store", type=StorePlace(), help="The store whose slides are predicted.")
 @click.option("--shards", metavar="TARS", help="Tars in place of a store: 'path/{000..031}.tar'.")
 @click.option("--cohort", metavar="NAME", help="Cohort in the store [default: its only one].")
 @click.option("--where", metavar="SQL", help="Only slides that meet a condition on patients and slides.")
@@ -111,7 +112,7 @@ def compare(
 @click.option("--json", "as_json", is_flag=True, help="Print prediction.json instead of text.")
 def predict(
     run: Path,
-    store: Path | None,
+    store: Path | str | None,
     shards: str | None,
     cohort: str | None,
     where: str | None,

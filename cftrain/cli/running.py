@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from cftrain.cli.outcome import result_lines
+from cftrain.cli.places import StorePlace, kept_between_epochs
 from cftrain.cli.progress import Progress
 from cftrain.cli.running_on_ray import asked_of_ray, train_on_ray
 
@@ -47,7 +48,14 @@ _NESTED = "train.nested=0.2"
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [default: runs/COHORT-MODEL-...].")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or with the latest unfinished one in runs/.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, read and needed, and do nothing.")
-@click.option("--cache", metavar="KIND[:SIZE]", help="Keep bags between epochs: auto, off, ram[:8GB] or gpu[:20GB].")
+@click.option(
+    "--cache",
+    "caches",
+    metavar="KIND[:SIZE]",
+    multiple=True,
+    help="Keep bags between epochs: auto, off, ram[:8GB] or gpu[:20GB]. Besides, disk:DIR:200GB keeps on a local disk "
+    "what is read of a store on object storage; also $CFSTORE_CACHE.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Groups of folds side by side.")
 @click.option(
@@ -72,11 +80,11 @@ _NESTED = "train.nested=0.2"
 @click.option("--fuse/--no-fuse", default=True, show_default=True, help="Let folds share one reading of the cohort.")
 @click.option(
     "--store",
-    type=click.Path(path_type=Path),
+    type=StorePlace(),
     envvar="CFSTORE",
     default=Path("cfstore-data"),
     show_default=True,
-    help="The store's directory; also $CFSTORE.",
+    help="The store's directory or address (s3://bucket/folder, gs://, az://, https://); also $CFSTORE.",
 )
 @click.option("--shards", metavar="TARS", help="Tars in place of a store, read in sequence: 'path/{000..031}.tar'.")
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard events; needs the package tensorboard.")
@@ -98,7 +106,7 @@ def run(
     out: Path | None,
     resume: bool,
     dry_run: bool,
-    cache: str | None,
+    caches: tuple[str, ...],
     device: str,
     jobs: int,
     engine: str,
@@ -106,7 +114,7 @@ def run(
     workers: int | None,
     worker_cpus: int | None,
     fuse: bool,
-    store: Path,
+    store: Path | str,
     shards: str | None,
     tensorboard: bool,
     as_json: bool,
@@ -144,7 +152,7 @@ def run(
         "data.splits": splits,
         "data.unit": unit,
         "data.shards": shards,
-        "data.cache": cache,
+        "data.cache": kept_between_epochs(ctx, caches),
     }
     settings = (_NESTED, *settings) if nested else settings  # a share of the user's own comes later and wins
     if resume:
@@ -187,7 +195,7 @@ def run(
 
 
 def _all_models(
-    store: Path, preset: str | None, file: Path | None, flags: dict[str, str | None], settings: tuple[str, ...]
+    store: Path | str, preset: str | None, file: Path | None, flags: dict[str, str | None], settings: tuple[str, ...]
 ) -> tuple[str, ...]:
     from cftrain.fitting_models import fitting_models
 

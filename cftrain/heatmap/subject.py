@@ -17,7 +17,7 @@ from cftrain.extras import ExtraReader, derive_missing
 from cftrain.models import BagBatch, Extra
 from cftrain.prediction.slides import find_target
 from cftrain.prediction.trained import Member, TrainedRun
-from cftrain.run_directory import stored_provenance
+from cftrain.run_directory import stored_provenance, stored_store
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class Subject:
 class Source:
     """Where slides are: a store or tars, and the encoder of the features; None: those of the run."""
 
-    store: Path | None = None
+    store: Path | str | None = None
     shards: str | None = None
     encoder: str | None = None
 
@@ -82,8 +82,8 @@ class Source:
         origin = stored_provenance(trained.path)
         if origin.get("shards"):
             return Source(None, str(origin["shards"]), self.encoder)
-        store = Path(str(origin.get("store", "")))
-        if not (store / "store.json").is_file():
+        store = stored_store(trained.path) or Path()
+        if isinstance(store, Path) and not (store / "store.json").is_file():
             message = f"{trained.path}: its store is no longer at {store}; name where it is with --store"
             raise ConfigError(message)
         return Source(store, None, self.encoder)
@@ -99,7 +99,7 @@ def find_subject(trained: TrainedRun, source: Source, slide_id: str) -> Subject:
     ConfigError, MissingScaleError, ShapeError, StoreError
         The store has not the features that the models read.
     """
-    opened = cfstore.open_tars(source.shards) if source.shards is not None else cfstore.open(Path(source.store or ""))
+    opened = cfstore.open_tars(source.shards) if source.shards is not None else cfstore.open(source.store or "")
     found = opened.slide_rows(slide_id)
     patient, cohort = found["slide"]["patient_id"], found["slide"]["cohort"]
     whole = trained.config.data.unit == "patient" and patient is not None

@@ -50,7 +50,7 @@ class FinishedPrediction:
 
 def predict_run(
     run: Path,
-    store: Path | None,
+    store: Path | str | None,
     out: Path | None = None,
     *,
     cohort: str | None = None,

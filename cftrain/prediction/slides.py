@@ -58,7 +58,7 @@ class Target:
 
 def find_target(
     trained: TrainedRun,
-    store: Path | None,
+    store: Path | str | None,
     *,
     cohort: str | None,
     where: str | None,
@@ -84,7 +84,7 @@ def find_target(
     if shards is None and store is None:
         message = "name the store to predict with --store, or tars with --shards"
         raise ConfigError(message)
-    opened = cfstore.open_tars(shards) if shards is not None else cfstore.open(Path(store or ""))
+    opened = cfstore.open_tars(shards) if shards is not None else cfstore.open(store or "")
     what = str(shards if shards is not None else store)
     held = opened.encoders_of(cohort, where)
     chosen = _encoder(trained, encoder, held, f"cohort {cohort} of {what}" if cohort else what)

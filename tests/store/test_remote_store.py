@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import duckdb
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import upload
 from faulty_proxy import Fault, FaultyProxy
 
 import cfstore
 from cfstore import Derivation, IngestOptions, RemoteError, SlideNotFoundError, Store, StoreError
+from cfstore.cli import main
 from cfstore.errors import DamagedShardError, NotDerivedError, StoreFormatError, StoreNotFoundError
 from cfstore.mirrors import mirrors_folder, open_mirror
 from cfstore.places import Layout, Part
@@ -156,6 +159,51 @@ def test_it_can_be_exported(tmp_path, folder, bucket_url):
     _, remote = pair(tmp_path, folder, bucket_url)
     assert remote.export(tmp_path / "out").n_slides == 3
     same(cfstore.open_tars(tmp_path / "out").slide("s1"), remote.slide("s1"))
+
+
+def test_commands_that_look_take_an_address(tmp_path, folder, bucket_url, monkeypatch):
+    pair(tmp_path, folder, bucket_url)
+
+    def run(*arguments: str) -> str:
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert bucket_url in run("info", "--store", bucket_url)
+    assert "n_patches" in run("show", "s1", "--store", bucket_url + "/", "--json")
+    monkeypatch.setenv("CFSTORE", bucket_url)
+    assert run("sql", "SELECT count(*) AS n FROM bags", "--format", "csv").split() == ['"n"', "9"]
+    run("export", str(tmp_path / "out"), "--cache", f"disk:{tmp_path / 'cache'}:1GB")
+    assert list((tmp_path / "cache" / "kept").glob("*/*/*"))
+    assert "CFSTORE_CACHE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ingest", "{folder}"],
+        ["ingest", "{folder}", "--dry-run"],
+        ["clinical", "{folder}/clinical.csv"],
+        ["splits", "--make", "2"],
+        ["derive"],
+        ["reindex"],
+        ["rm", "s1"],
+        ["compact"],
+    ],
+    ids=lambda command: " ".join(command[:1] + command[2:]),
+)
+def test_commands_that_write_refuse_an_address(tmp_path, folder, bucket_url, command):
+    pair(tmp_path, folder, bucket_url)
+    arguments = [word.format(folder=folder) for word in command]
+    done = CliRunner().invoke(main, [*arguments, "--store", bucket_url])
+    assert done.exit_code == 1
+    assert f"{bucket_url}: a store on object storage is only read" in done.output
+
+
+def test_an_address_that_cannot_be_is_a_usage_error():
+    done = CliRunner().invoke(main, ["info", "--store", "ftp://host/store"])
+    assert done.exit_code == 2
+    assert "s3://" in done.output
 
 
 # -- refusals ------------------------------------------------------------------------------------
