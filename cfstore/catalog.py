@@ -28,7 +28,7 @@ from cfstore import derived_tables
 from cfstore.convert import ARRAY_DTYPE
 from cfstore.derived_files import published_files
 from cfstore.errors import DamagedShardError, StoreFormatError, StoreWriteError
-from cfstore.labels import CohortLabels, collect, resolve
+from cfstore.labels import CohortLabels, Resolver, collect, possible_patients
 from cfstore.locks import discard
 from cfstore.schema import BAGS, CATALOG_FILE, REMOVED_FILE, SNAPSHOT_FILE, TABLES, TABLES_DIR, ddl
 from cfstore.shards import Extent, ShardRecord, commit, published_shards, read_record, read_shard
@@ -39,16 +39,20 @@ SPLITS_PREFIX: Final = "splits-"
 SKIPPED_PREFIX: Final = "skipped-"
 
 # What users' SQL does not see: the registered shards, what they say of a slide before labels are
-# looked up, where every array of every bag lies, and which files of `tables/` were taken over.
+# looked up, where every array of every bag lies, which files of `tables/` were taken over, and
+# which file beside the catalog is behind it: the snapshot, while shards are being registered.
 _INTERNAL: Final = {
     "shards": "shard VARCHAR, chunk_rows INTEGER, replaces VARCHAR[]",
     "shard_slides": "slide_id VARCHAR, cohort VARCHAR, folder VARCHAR, shard VARCHAR",
     "extents": "shard VARCHAR, slide_id VARCHAR, scale INTEGER, array_name VARCHAR, byte_start BIGINT, "
     "sizes BIGINT[], decoded_start BIGINT, digests UBIGINT[]",
     "tables": "file VARCHAR, digest VARCHAR",
+    "trailing": "file VARCHAR",
     **derived_tables.INTERNAL,
 }
 _OF_SHARDS: Final = ("bags", "internal.shards", "internal.shard_slides", "internal.extents")
+AMONG: Final = "slide_id IN (SELECT unnest(?::VARCHAR[]))"
+"""A condition: the slide is in a list, however long. Its parameter is the list."""
 _REMOVED: Final = pa.schema([("shard", pa.string()), ("slide_id", pa.string())])
 _DISK_ERRORS: Final = (
     OSError,
@@ -66,7 +70,7 @@ _SNAPSHOT: Final = """
 
 
 @contextmanager
-def _edit(root: Path, *, afresh: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+def _edit(root: Path, *, afresh: bool = False, with_snapshot: bool = True) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection to a copy of the catalog (or an empty one), renamed into place on success. Needs the write lock."""
     current = root / CATALOG_FILE
     sweep_temporary(root)
@@ -77,11 +81,14 @@ def _edit(root: Path, *, afresh: bool = False) -> Iterator[duckdb.DuckDBPyConnec
         with duckdb.connect(copy) as connection:
             _create_tables(connection)
             yield connection
-            connection.execute(f"COPY ({_SNAPSHOT}) TO ? (FORMAT parquet)", [str(snapshot)])
+            if with_snapshot:
+                connection.execute("DELETE FROM internal.trailing")
+                connection.execute(f"COPY ({_SNAPSHOT}) TO ? (FORMAT parquet)", [str(snapshot)])
             connection.execute("CHECKPOINT")
-        # The snapshot first: cut off between the two, the catalog is behind what is on disk, and
-        # `reconcile` does it again. A snapshot that is behind would go unnoticed.
-        commit(snapshot, root / SNAPSHOT_FILE)
+        # The snapshot first: cut off between the two, the catalog is behind what is on disk or says that the
+        # snapshot is, and `reconcile` does it again. A snapshot that is behind would go unnoticed.
+        if with_snapshot:
+            commit(snapshot, root / SNAPSHOT_FILE)
         commit(copy, current)
     except _DISK_ERRORS as error:
         message = (
@@ -167,24 +174,40 @@ def _load_table(connection: duckdb.DuckDBPyConnection, root: Path, table: str, p
     )
 
 
-def read_labels(connection: duckdb.DuckDBPyConnection, root: Path) -> dict[str, CohortLabels]:
-    """What the imported clinical tables say, by cohort."""
-    patients = connection.execute("SELECT cohort, patient_id FROM patients").fetchall()
+def read_labels(
+    connection: duckdb.DuckDBPyConnection, root: Path, slide_ids: Sequence[str] | None = None
+) -> dict[str, CohortLabels]:
+    """What the imported clinical tables say, by cohort: all of it, or what may concern some slides."""
     files = _tables(root, SLIDE_LABELS_PREFIX)
-    query = "SELECT cohort, slide_id, patient_id FROM read_parquet(?)"
-    slides = connection.execute(query, [files]).fetchall() if files else []
-    return collect(patients, slides)
+    patients, slides = (
+        "SELECT cohort, patient_id FROM patients",
+        "SELECT cohort, slide_id, patient_id FROM read_parquet(?)",
+    )
+    if slide_ids is None:
+        found = connection.execute(patients).fetchall()
+        return collect(found, connection.execute(slides, [files]).fetchall() if files else [])
+    possible = sorted({patient_id for slide_id in slide_ids for patient_id in possible_patients(slide_id)})
+    listed = connection.execute(f"{slides} WHERE {AMONG}", [files, list(slide_ids)]).fetchall() if files else []
+    return collect(
+        connection.execute(f"{patients} WHERE patient_id IN (SELECT unnest(?::VARCHAR[]))", [possible]).fetchall(),
+        listed,
+    )
 
 
-def _resolve_slides(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
-    labels = read_labels(connection, root)
+def _resolve_slides(connection: duckdb.DuckDBPyConnection, root: Path, slide_ids: Sequence[str] | None = None) -> None:
+    """Fill `slides` anew, or those rows of it; the labels have to be what they were when the others were filled."""
+    some, parameters = ("true", []) if slide_ids is None else (AMONG, [list(slide_ids)])  # type: str, list[Any]
     query = (
         "SELECT slide_id, max(cohort), arg_min(folder, split_part(shard, '/', 3)) "  # shard names sort by time
-        "FROM internal.shard_slides GROUP BY slide_id ORDER BY slide_id"
+        f"FROM internal.shard_slides WHERE {some} GROUP BY slide_id ORDER BY slide_id"
     )
-    found = connection.execute(query).fetchall()
-    owners = [resolve(slide_id, given, folder, labels) for slide_id, given, folder in found]
-    connection.execute(ddl("slides"))
+    found = connection.execute(query, parameters).fetchall()
+    resolver = Resolver(read_labels(connection, root, slide_ids))
+    owners = [resolver.owner(slide_id, given, folder) for slide_id, given, folder in found]
+    if slide_ids is None:
+        connection.execute(ddl("slides"))
+    else:
+        connection.execute(f"DELETE FROM slides WHERE {AMONG}", parameters)
     if found:
         rows = {
             "slide_id": [slide_id for slide_id, _, _ in found],
@@ -221,16 +244,27 @@ def _check_tables(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
         _insert(connection, "internal.tables", pa.table({"file": list(digests), "digest": list(digests.values())}))
 
 
-def _load_tables(
-    connection: duckdb.DuckDBPyConnection, root: Path, unreadable: dict[str, StoreFormatError] | None = None
-) -> None:
+def _load_tables(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
     _check_tables(connection, root)
     _load_table(connection, root, "patients", PATIENTS_PREFIX)
     _load_table(connection, root, "splits", SPLITS_PREFIX)
+    _load_skipped(connection, root)
+    _resolve_slides(connection, root)
+
+
+def _load_skipped(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
     _load_table(connection, root, "skipped", SKIPPED_PREFIX)
     connection.execute("DELETE FROM skipped WHERE source IN (SELECT source FROM bags)")
-    _resolve_slides(connection, root)
-    derived_tables.load(connection, root, unreadable)
+
+
+def _follow(connection: duckdb.DuckDBPyConnection, root: Path, slide_ids: Sequence[str]) -> None:
+    """Bring what depends on bags up to date after those of some slides have changed: as `_load_tables`, but sooner."""
+    if _known_tables(connection) == _table_digests(root):
+        _load_skipped(connection, root)
+        _resolve_slides(connection, root, slide_ids)
+    else:
+        _load_tables(connection, root)
+    derived_tables.follow_slides(connection, slide_ids)
 
 
 def _add_shards(
@@ -238,18 +272,19 @@ def _add_shards(
     root: Path,
     records: Iterable[ShardRecord],
     places: Mapping[str, Sequence[Extent]] = MappingProxyType({}),
-) -> None:
-    removed = read_removed(root)
+) -> set[str]:
+    """Returns the slides whose bags are not what they were."""
+    removed, changed = read_removed(root), set()  # type: set[tuple[str, str]], set[str]
     for record in records:
         extents = places[record.shard] if record.shard in places else read_shard(root, record.shard)[1]
         slides = [slide for slide in record.slides if (record.shard, slide.slide_id) not in removed]
         kept = {slide.slide_id for slide in slides}
+        changed |= kept.union(*(_drop_shard(connection, replaced) for replaced in record.replaces))
         _add_shard(connection, replace(record, slides=tuple(slides)), [e for e in extents if e.slide_id in kept])
+    return changed
 
 
 def _add_shard(connection: duckdb.DuckDBPyConnection, record: ShardRecord, extents: Sequence[Extent]) -> None:
-    for replaced in record.replaces:
-        _drop_shard(connection, replaced)
     known = [record.shard, record.chunk_rows, list(record.replaces)]
     connection.execute("INSERT INTO internal.shards VALUES (?, ?, ?)", known)
     if not record.slides:
@@ -272,9 +307,13 @@ def _add_shard(connection: duckdb.DuckDBPyConnection, record: ShardRecord, exten
     _insert(connection, "internal.extents", pa.table(columns))
 
 
-def _drop_shard(connection: duckdb.DuckDBPyConnection, shard: str) -> None:
+def _drop_shard(connection: duckdb.DuckDBPyConnection, shard: str) -> set[str]:
+    """Returns its slides."""
+    query = "SELECT slide_id FROM internal.shard_slides WHERE shard = ?"
+    slides = {slide_id for (slide_id,) in connection.execute(query, [shard]).fetchall()}
     for table in _OF_SHARDS:
         connection.execute(f"DELETE FROM {table} WHERE shard = ?", [shard])
+    return slides
 
 
 def read_removed(root: Path) -> set[tuple[str, str]]:
@@ -305,32 +344,56 @@ def write_removed(root: Path, removed: Iterable[tuple[str, str]]) -> None:
 def register(
     root: Path, records: Sequence[ShardRecord], places: Mapping[str, Sequence[Extent]] = MappingProxyType({})
 ) -> None:
-    """Make published shards visible; `places` are those of shards that were read already. Needs the write lock."""
-    with _edit(root) as connection:
-        _add_shards(connection, root, records, places)
-        _load_tables(connection, root)
+    """Make published shards visible; `places` are those of shards that were read already. Needs the write lock.
+
+    It looks at the slides of these shards only. The snapshot, written as a whole, trails until `reload_tables`.
+    """
+    with _edit(root, with_snapshot=False) as connection:
+        _follow(connection, root, sorted(_add_shards(connection, root, records, places)))
+        connection.execute("DELETE FROM internal.trailing")
+        connection.execute("INSERT INTO internal.trailing VALUES (?)", [SNAPSHOT_FILE])
 
 
 def forget(root: Path, removed: Iterable[tuple[str, str]]) -> None:
     """Take removed slides, (shard, slide_id), out of the catalog. Needs the write lock."""
+    pairs = list(removed)
     with _edit(root) as connection:
-        for pair in removed:
+        for pair in pairs:
             for table in ("bags", "internal.shard_slides", "internal.extents"):
                 connection.execute(f"DELETE FROM {table} WHERE shard = ? AND slide_id = ?", list(pair))
-        _load_tables(connection, root)
+        _follow(connection, root, sorted({slide_id for _, slide_id in pairs}))
 
 
 def drop_shards(root: Path, shards: Iterable[str]) -> None:
     """Take deleted shards out of the catalog. Needs the write lock."""
     with _edit(root) as connection:
-        for shard in shards:
-            _drop_shard(connection, shard)
-        _load_tables(connection, root)
+        slides = {slide_id for shard in shards for slide_id in _drop_shard(connection, shard)}
+        _follow(connection, root, sorted(slides))
 
 
 def reload_tables(root: Path) -> None:
-    """Take over changed files of `tables/` and `derived/`. Needs the write lock."""
-    register(root, [])
+    """Take over changed files of `tables/`, and write the snapshot where it trails. Needs the write lock."""
+    with connect(root) as connection:
+        unchanged = _known_tables(connection) == _table_digests(root)
+        if unchanged and (root / SNAPSHOT_FILE).exists() and not _trails(connection):
+            return
+    with _edit(root) as connection:
+        if not unchanged:
+            _load_tables(connection, root)
+
+
+def _trails(connection: duckdb.DuckDBPyConnection, database: str = "") -> bool:
+    """Whether the snapshot is behind. A catalog made by an earlier version has no such table: it always wrote both."""
+    if not derived_tables.has_table(connection, "trailing", "internal", database):
+        return False
+    table = f"{database}.internal.trailing" if database else "internal.trailing"
+    return bool(connection.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0])
+
+
+def reload_derived(root: Path, *, everything: bool = False) -> None:
+    """Take over changed files of `derived/`; with `everything`, list anew what counts of any. Needs the write lock."""
+    with _edit(root, with_snapshot=False) as connection:
+        (derived_tables.load if everything else derived_tables.follow)(connection, root)
 
 
 def dead_derived_files(root: Path) -> list[str]:
@@ -359,6 +422,7 @@ def rebuild(root: Path) -> None:
             )
             raise DamagedShardError(message) from error
         _load_tables(connection, root)
+        derived_tables.load(connection, root)
 
 
 def live_records(root: Path, shards: Iterable[str]) -> list[ShardRecord]:
@@ -369,37 +433,55 @@ def live_records(root: Path, shards: Iterable[str]) -> list[ShardRecord]:
 
 
 def reconcile(root: Path) -> int:
-    """Register shards that were published but never registered (a process died between). Needs the write lock."""
+    """Bring the catalog up to date with what other processes left, dying; how many shards it lacked.
+
+    Needs the write lock.
+    """
+    missing = adopt(root)
+    with _asking(root) as connection:
+        behind = derived_tables.is_behind(connection)
+        derived = derived_tables.known_files(connection)
+    if behind or derived != set(published_files(root)):
+        reload_derived(root, everything=behind)
+    reload_tables(root)
+    return missing
+
+
+def adopt(root: Path) -> int:
+    """Register shards that were published but never registered, and forget slides that were removed but not forgotten.
+
+    What a commit has to know: a process may have died between the two. Needs the write lock.
+    """
     if not (root / CATALOG_FILE).exists():
         rebuild(root)
         return len(published_shards(root))
-    try:
-        with connect(root) as connection:
-            known = {shard for (shard,) in connection.execute("SELECT shard FROM internal.shards").fetchall()}
-            known |= _replaced(connection)
-            listed = set(connection.execute("SELECT shard, slide_id FROM internal.shard_slides").fetchall())
-            tables = _known_tables(connection)
-            derived = derived_tables.known_files(connection)
-            behind = derived_tables.is_behind(connection)
-    except duckdb.Error as error:
-        message = f"{root / CATALOG_FILE}: cannot be read ({_first_line(error)}); `cfstore reindex` makes it anew"
-        raise StoreFormatError(message) from error
-    unfinished = read_removed(root) & listed
-    if unfinished:
-        forget(root, unfinished)
+    removed = read_removed(root)
+    with _asking(root) as connection:
+        known = {shard for (shard,) in connection.execute("SELECT shard FROM internal.shards").fetchall()}
+        known |= _replaced(connection)
+        query = f"SELECT shard, slide_id FROM internal.shard_slides WHERE {AMONG}"
+        listed = (
+            set(connection.execute(query, [[slide_id for _, slide_id in removed]]).fetchall()) if removed else set()
+        )
+    if removed & listed:
+        forget(root, removed & listed)
     missing = [shard for shard in published_shards(root) if shard not in known]
     if missing:
         records = [read_record(root, shard) for shard in missing]
         replaced = {shard for shard in missing if any(shard in record.replaces for record in records)}
         register(root, [record for record in records if record.shard not in replaced])
-    elif (
-        behind
-        or tables != _table_digests(root)
-        or derived != set(published_files(root))
-        or not (root / SNAPSHOT_FILE).exists()
-    ):
-        reload_tables(root)
     return len(missing)
+
+
+@contextmanager
+def _asking(root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection; StoreFormatError, with what to do, where the catalog cannot answer."""
+    try:
+        with connect(root) as connection:
+            yield connection
+    except duckdb.Error as error:
+        message = f"{root / CATALOG_FILE}: cannot be read ({_first_line(error)}); `cfstore reindex` makes it anew"
+        raise StoreFormatError(message) from error
 
 
 def _replaced(connection: duckdb.DuckDBPyConnection) -> set[str]:
@@ -419,18 +501,15 @@ def slides_per_shard(root: Path) -> dict[str, int]:
     query = (
         "SELECT shard, count(slide_id) FROM internal.shards LEFT JOIN internal.shard_slides USING (shard) GROUP BY ALL"
     )
-    try:
-        with connect(root) as connection:
-            return dict(connection.execute(query).fetchall())
-    except duckdb.Error as error:
-        message = f"{root / CATALOG_FILE}: cannot be read ({_first_line(error)}); `cfstore reindex` makes it anew"
-        raise StoreFormatError(message) from error
+    with _asking(root) as connection:
+        return dict(connection.execute(query).fetchall())
 
 
-def known_bags(root: Path, encoder: str) -> set[tuple[str, int]]:
-    """(slide_id, scale) of every bag of an encoder."""
+def known_bags(root: Path, encoder: str, slide_ids: Iterable[str]) -> set[tuple[str, int]]:
+    """(slide_id, scale) of every bag of an encoder that some slides have."""
+    query = f"SELECT slide_id, scale FROM bags WHERE encoder = ? AND {AMONG}"
     with connect(root) as connection:
-        return set(connection.execute("SELECT slide_id, scale FROM bags WHERE encoder = ?", [encoder]).fetchall())
+        return set(connection.execute(query, [encoder, list(slide_ids)]).fetchall())
 
 
 def sql_string(path: Path) -> str:
@@ -462,7 +541,8 @@ def differences(root: Path) -> tuple[list[Difference], dict[str, StoreFormatErro
             _create_tables(connection)
             unreadable = _fill(connection, root)
             lost: dict[str, StoreFormatError] = {}
-            _load_tables(connection, root, lost)
+            _load_tables(connection, root)
+            derived_tables.load(connection, root, lost)
             connection.execute("CREATE TEMP TABLE unreadable (shard VARCHAR)")
             for shard in unreadable:
                 connection.execute("INSERT INTO unreadable VALUES (?)", [shard])
@@ -498,7 +578,7 @@ def _compare(connection: duckdb.DuckDBPyConnection, root: Path, *, complete: boo
     }
     for table, condition in about.items():
         yield from _table_differences(connection, table, f"store.{table}", condition)
-    if complete:
+    if complete and not _trails(connection, "store"):
         connection.execute(f"CREATE TEMP VIEW snapshot AS {_SNAPSHOT}")
         path = root / SNAPSHOT_FILE
         try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cfstore.catalog import connect
+from cfstore.catalog import AMONG, connect
 from cfstore.errors import QueryError, SlideNotFoundError
 from cfstore.names import tcga_patient_id
 from cfstore.selection import select_slides
@@ -58,7 +58,7 @@ def _encoders(root: Path, slide_ids: Sequence[str]) -> dict[str, tuple[int, ...]
     """Encoders that every cohort of these slides has, and the scales each has."""
     query = (
         "SELECT encoder, list_sort(list(DISTINCT scale)), list(DISTINCT cohort) FROM bags JOIN slides USING (slide_id) "
-        "WHERE list_contains(?, slide_id) GROUP BY encoder ORDER BY encoder"
+        f"WHERE {AMONG} GROUP BY encoder ORDER BY encoder"
     )
     with connect(root) as connection:
         rows = connection.execute(query, [list(slide_ids)]).fetchall()
@@ -126,7 +126,7 @@ def _rows(root: Path, slide_ids: Sequence[str], encoder: str) -> list[_Row]:
         "SELECT slide_id, slides.cohort, slides.patient_id, time_months, event, list(scale), list(n_patches), "
         "any_value(dim) FROM bags JOIN slides USING (slide_id) "
         "LEFT JOIN patients ON patients.cohort = slides.cohort AND patients.patient_id = slides.patient_id "
-        "WHERE list_contains(?, slide_id) AND encoder = ? "
+        f"WHERE {AMONG} AND encoder = ? "
         "GROUP BY slide_id, slides.cohort, slides.patient_id, time_months, event ORDER BY slide_id"
     )
     with connect(root) as connection:

@@ -334,5 +334,5 @@ def _publish(task: DeriveTask, files: list[tuple[DerivedWriter, Path]]) -> dict[
             now = sources_of(task.root, task.encoder, writer.derivation, task.slides)
             changed[writer.derivation] = writer.finish(now)
             rename_into_place(writer.path, path, task.root)
-        catalog.reload_tables(task.root)
+        catalog.reload_derived(task.root)
     return changed

@@ -52,14 +52,14 @@ _PROTOTYPES_NOW: Final = f"""
 """
 
 
-def derived_now() -> str:
-    """SQL for the rows of `derived`, of the bags there are now.
+def derived_now(made: str = "internal.derivations") -> str:
+    """SQL for the rows of `derived`, of the bags there are now; of all entries, or of those in `made`.
 
     The table itself is behind where a version wrote to the catalog that knows nothing of derived files.
     """
     cases = " ".join(f"WHEN starts_with(derivation, '{kind}') THEN {n}" for kind, n in VERSIONS.items())
     return f"""
-        SELECT made.* FROM internal.derivations AS made
+        SELECT made.* FROM {made} AS made
         JOIN bags AS fine ON fine.slide_id = made.slide_id AND fine.encoder = made.encoder AND fine.scale = made.scale
         LEFT JOIN bags AS coarse
             ON coarse.slide_id = made.slide_id AND coarse.encoder = made.encoder AND coarse.scale = made.coarse
@@ -115,22 +115,55 @@ def load(
     New files that cannot be read are left alone (`derive` and `verify` name them; what they held counts as not derived)
     and put into `unreadable`.
     """
+    _follow_files(connection, root, unreadable)
+    connection.execute(ddl("derived"))
+    connection.execute(f"INSERT INTO derived BY NAME {derived_now()}")
+    _list_prototypes(connection)
+
+
+def follow(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
+    """The same, where what is listed is right but for the files that came and went."""
+    follow_slides(connection, _follow_files(connection, root, None))
+
+
+def follow_slides(connection: duckdb.DuckDBPyConnection, slide_ids: Iterable[str]) -> None:
+    """List anew what counts of slides whose bags or entries have changed, and which prototypes do."""
+    ids, some = list(slide_ids), "slide_id IN (SELECT unnest(?::VARCHAR[]))"
+    connection.execute(f"DELETE FROM derived WHERE {some}", [ids])
+    made = derived_now(f"(SELECT * FROM internal.derivations WHERE {some})")
+    connection.execute(f"INSERT INTO derived BY NAME {made}", [ids])
+    _list_prototypes(connection)
+
+
+def _list_prototypes(connection: duckdb.DuckDBPyConnection) -> None:
+    connection.execute(ddl("prototypes"))
+    connection.execute(f"INSERT INTO prototypes BY NAME {_PROTOTYPES_NOW}")
+
+
+def _follow_files(
+    connection: duckdb.DuckDBPyConnection, root: Path, unreadable: dict[str, StoreFormatError] | None
+) -> set[str]:
+    """Take over and forget files; the slides of which they have entries."""
     known, on_disk = known_files(connection), set(published_files(root))
+    slides: set[str] = set()
     for file in sorted(known - on_disk):
+        query = "SELECT slide_id FROM internal.derivations WHERE file = ?"
+        slides |= {slide_id for (slide_id,) in connection.execute(query, [file]).fetchall()}
         for table in INTERNAL:
             connection.execute(f"DELETE FROM internal.{table} WHERE file = ?", [file])
     for file in sorted(on_disk - known):
         try:
-            _take_over(connection, read_file(root, file))
+            found = read_file(root, file)
         except FileNotFoundError:
             continue  # gone meanwhile
         except StoreFormatError as error:
             if unreadable is not None:
                 unreadable[file] = error
-    connection.execute(ddl("derived"))
-    connection.execute(ddl("prototypes"))
-    connection.execute(f"INSERT INTO derived BY NAME {derived_now()}")
-    connection.execute(f"INSERT INTO prototypes BY NAME {_PROTOTYPES_NOW}")
+            continue
+        _take_over(connection, found)
+        if isinstance(found, DerivedFile):
+            slides |= {entry.slide_id for entry in found.entries}
+    return slides
 
 
 def unread_files(connection: duckdb.DuckDBPyConnection, root: Path) -> dict[str, str]:

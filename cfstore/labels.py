@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from cfstore.names import tcga_patient_id
+
+
+def possible_patients(slide_id: str) -> list[str]:
+    """Ids that a slide's name may begin with, the likeliest first: its TCGA barcode alone, else the longest."""
+    barcode = tcga_patient_id(slide_id)
+    if barcode is not None:
+        return [barcode]
+    ends = [match.start() for match in re.finditer(r"[-_. ]", slide_id)] + [len(slide_id)]
+    return [slide_id[:end] for end in reversed(ends)]
 
 
 @dataclass
@@ -21,11 +31,7 @@ class CohortLabels:
         listed = self.slides.get(slide_id)
         if listed is not None:
             return listed
-        barcode = tcga_patient_id(slide_id)
-        if barcode is not None:
-            return barcode if barcode in self.patients else None
-        ends = [match.start() for match in re.finditer(r"[-_. ]", slide_id)] + [len(slide_id)]
-        return next((slide_id[:end] for end in reversed(ends) if slide_id[:end] in self.patients), None)
+        return next((patient for patient in possible_patients(slide_id) if patient in self.patients), None)
 
 
 @dataclass(frozen=True)
@@ -36,21 +42,37 @@ class SlideOwner:
     cohort: str
 
 
-def resolve(slide_id: str, given: str | None, folder: str, labels: Mapping[str, CohortLabels]) -> SlideOwner:
-    """Patient and cohort of a slide.
+class Resolver:
+    """Says whose a slide is. Made once of all labels, it looks each slide up, however many cohorts there are."""
 
-    The cohort named at ingest stands. Without one it is the only cohort whose table knows the
-    slide; failing that, the ingested folder's name.
-    """
-    if given is not None:
-        known = labels.get(given)
-        patient = known.patient_of(slide_id) if known else None
-        return SlideOwner(patient or tcga_patient_id(slide_id), given)
-    owners = {cohort: patient for cohort, table in labels.items() if (patient := table.patient_of(slide_id))}
-    if len(owners) == 1:
-        cohort, patient = next(iter(owners.items()))
-        return SlideOwner(patient, cohort)
-    return SlideOwner(tcga_patient_id(slide_id), folder)
+    def __init__(self, labels: Mapping[str, CohortLabels]) -> None:
+        self._labels = labels
+        self._cohorts_of_patient: dict[str, list[str]] = defaultdict(list)
+        self._cohorts_of_slide: dict[str, list[str]] = defaultdict(list)
+        for cohort, known in labels.items():
+            for patient_id in known.patients:
+                self._cohorts_of_patient[patient_id].append(cohort)
+            for slide_id in known.slides:
+                self._cohorts_of_slide[slide_id].append(cohort)
+
+    def owner(self, slide_id: str, given: str | None, folder: str) -> SlideOwner:
+        """Patient and cohort of a slide.
+
+        The cohort named at ingest stands. Without one it is the only cohort whose table knows the
+        slide; failing that, the ingested folder's name.
+        """
+        if given is not None:
+            known = self._labels.get(given)
+            patient = known.patient_of(slide_id) if known else None
+            return SlideOwner(patient or tcga_patient_id(slide_id), given)
+        cohorts = set(self._cohorts_of_slide.get(slide_id, ()))
+        for patient_id in possible_patients(slide_id):
+            cohorts.update(self._cohorts_of_patient.get(patient_id, ()))
+        owners = {cohort: patient for cohort in cohorts if (patient := self._labels[cohort].patient_of(slide_id))}
+        if len(owners) == 1:
+            ((cohort, patient),) = owners.items()
+            return SlideOwner(patient, cohort)
+        return SlideOwner(tcga_patient_id(slide_id), folder)
 
 
 def collect(patients: Iterable[tuple[str, str]], slides: Iterable[tuple[str, str, str]]) -> dict[str, CohortLabels]:

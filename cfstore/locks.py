@@ -8,6 +8,7 @@ what NFS keeps between machines.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import time
@@ -21,9 +22,12 @@ from cfstore.schema import LOCK_FILE
 
 PROBE_PREFIX: Final = ".probe-"
 """Of files that show other machines that they see this very store; locked while somebody may ask."""
-LOCK_SECONDS: Final = 60.0
+LOCK_SECONDS: Final = 3600.0
+"""The usual patience: a living process holds the lock, and others may wait before us, each with a commit to make."""
 _GUARD: Final = ".guard"
 _POLL_SECONDS: Final = 0.05
+_SAY_AFTER: Final = 60.0
+_log: Final = logging.getLogger("cfstore")
 
 
 def try_lock(handle: int) -> bool:
@@ -37,7 +41,7 @@ def try_lock(handle: int) -> bool:
 
 @contextmanager
 def write_lock(root: Path, timeout: float = LOCK_SECONDS) -> Iterator[None]:
-    """Hold the store's write lock.
+    """Hold the store's write lock. That it waits is logged, once, after a minute.
 
     Raises
     ------
@@ -52,9 +56,13 @@ def write_lock(root: Path, timeout: float = LOCK_SECONDS) -> Iterator[None]:
         message = f"{root}: cannot write to the store ({error.strerror}); check its permissions or name another --store"
         raise StoreWriteError(message) from error
     try:
-        deadline = time.monotonic() + timeout
+        began, said = time.monotonic(), False
         while not try_lock(handle):
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if waited > _SAY_AFTER and not said:
+                said = True
+                _log.warning("%s: other processes have been writing for %.0f s; waiting for them", root, waited)
+            if waited > timeout:
                 message = (
                     f"{root}: another process has been writing for {timeout:.0f} s; wait for it, then run this again"
                 )

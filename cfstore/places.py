@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from cfstore.catalog import connect
+from cfstore.catalog import AMONG, connect
 from cfstore.convert import ARRAY_DTYPE
 from cfstore.errors import SlideNotFoundError
 from cfstore.shards import COORDS_CODEC, file_of
@@ -191,25 +191,22 @@ def find_bags(
     SlideNotFoundError
         A slide lacks one of the scales.
     """
-    wanted = list(dict.fromkeys(slide_ids))
-    found: dict[str, dict[int, BagPlace]] = {slide_id: {} for slide_id in wanted}
+    found: dict[str, dict[int, BagPlace]] = {slide_id: {} for slide_id in slide_ids}
     query = (
         "SELECT bags.slide_id, bags.scale, shard, dtype, bags.codec, dim, n_patches, chunk_rows, digest FROM bags "
         "JOIN internal.shards USING (shard) WHERE encoder = ? AND list_contains(?, scale) "
-        "AND (? OR list_contains(?, slide_id)) ORDER BY bags.slide_id, scale"
+        f"AND {AMONG} ORDER BY bags.slide_id, scale"
     )
-    some = wanted if len(wanted) < 1000 else []
     with connect(root) as connection:
-        rows = connection.execute(query, [encoder, list(scales), not some, some]).fetchall()
-        arrays = _arrays(connection, encoder, some)
+        rows = connection.execute(query, [encoder, list(scales), list(found)]).fetchall()
+        arrays = _arrays(connection, encoder, list(found))
     for slide_id, scale, shard, *rest in rows:
-        if slide_id in found:
-            dtype, codec, dim, n_patches, chunk_rows, digest = rest
-            own, shared = arrays[shard, slide_id, scale], arrays[shard, slide_id, None]
-            found[slide_id][scale] = BagPlace(
-                shard, dtype, codec, dim, n_patches, chunk_rows, own["features"], own.get("coords"),
-                shared.get("scale"), shared.get("zero"), digest,
-            )  # fmt: skip
+        dtype, codec, dim, n_patches, chunk_rows, digest = rest
+        own, shared = arrays[shard, slide_id, scale], arrays[shard, slide_id, None]
+        found[slide_id][scale] = BagPlace(
+            shard, dtype, codec, dim, n_patches, chunk_rows, own["features"], own.get("coords"),
+            shared.get("scale"), shared.get("zero"), digest,
+        )  # fmt: skip
     for slide_id, bags in found.items():
         lacking = [f"{scale}x" for scale in scales if scale not in bags]
         if lacking:
@@ -223,10 +220,9 @@ def _arrays(
 ) -> Mapping[tuple[str, str, int | None], dict[str, Array]]:
     query = (
         "SELECT shard, slide_id, scale, array_name, byte_start, sizes, decoded_start, digests FROM internal.extents "
-        "WHERE shard IN (SELECT shard FROM bags WHERE encoder = ?) AND (? OR list_contains(?, slide_id))"
+        f"WHERE shard IN (SELECT shard FROM bags WHERE encoder = ?) AND {AMONG}"
     )
-    parameters = [encoder, not slide_ids, slide_ids]
-    rows = connection.execute(query, parameters).fetchall()  # type: ignore[attr-defined]
+    rows = connection.execute(query, [encoder, slide_ids]).fetchall()  # type: ignore[attr-defined]
     arrays: dict[tuple[str, str, int | None], dict[str, Array]] = defaultdict(dict)
     for shard, slide_id, scale, name, start, sizes, decoded, digests in rows:
         place = Array(file_of(shard, name), start, tuple(sizes), decoded, tuple(digests))

@@ -166,7 +166,7 @@ class PrototypeSet:
                     return  # somebody else fitted the same meanwhile
                 catalog.reconcile(self.root)  # forgets a file of that name that was deleted
                 rename_into_place(temporary, self.path, self.root)
-                catalog.reload_tables(self.root)
+                catalog.reload_derived(self.root)
 
 
 def fit_folds(

@@ -186,6 +186,7 @@ def compact(root: Path, progress: Callable[[int, int], None] | None = None) -> C
     with write_lock(root):
         _forget_deleted(root)
         _drop_derived(root)
+        catalog.reload_tables(root)
     after = published_shards(root)
     return CompactReport(
         n_shards_before=len(on_disk),
@@ -226,7 +227,7 @@ def _drop_derived(root: Path) -> None:
     for file in dead:
         (root / file).unlink(missing_ok=True)
     if dead:
-        catalog.reload_tables(root)
+        catalog.reload_derived(root)
 
 
 def _rewrite(root: Path, group: Sequence[_Live], step: Callable[[], None]) -> int:

@@ -213,7 +213,7 @@ def _published(task: ShardTask) -> ShardRecord | None:
 def _recover(task: ShardTask, record: ShardRecord, tell: Callable[[], None]) -> ShardDone:
     """Answer for an earlier attempt, and write what it had left out: to find out again why."""
     with write_lock(task.root, task.patience):
-        catalog.reconcile(task.root)
+        catalog.adopt(task.root)
     found = {slide.slide_id for slide in record.slides}
     for _ in found:
         tell()
@@ -267,9 +267,9 @@ def write_shard(task: ShardTask, tell: Callable[[], None]) -> ShardDone:
             return replace(_NOTHING, problems=tuple(problems))
         record = writer.finish(slides)
         with write_lock(root, task.patience):
-            catalog.reconcile(root)
+            catalog.adopt(root)
             published = _published(task)  # by an attempt that was given up for dead, but was not
-            known = catalog.known_bags(root, head.encoder)
+            known = catalog.known_bags(root, head.encoder, [job.slide_id for job in task.jobs])
             left = [job for job in task.jobs if known.isdisjoint((job.slide_id, s.scale) for s in job.sources)]
             if not published and len(left) == len(task.jobs):
                 record = publish(root, temporary, record, task.name)

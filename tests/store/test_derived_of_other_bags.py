@@ -61,7 +61,8 @@ def filled(tmp_path: Path, store: Store, make_clam_h5: Make) -> Store:
 def an_older_version(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Knows nothing of derived files, as cfstore did not before it had them."""
     with monkeypatch.context() as patch:
-        patch.setattr(derived_tables, "load", lambda *_: None)
+        for name in ("load", "follow", "follow_slides"):
+            patch.setattr(derived_tables, name, lambda *_: None)
         patch.setattr(derived_tables, "is_behind", lambda *_: False)
         patch.setattr(catalog, "published_files", lambda root: sorted(file_names(root)))
         yield

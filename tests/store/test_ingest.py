@@ -22,7 +22,7 @@ import cfstore
 import cfstore.ingest
 from cfstore import DuplicateBagError, IngestOptions, SourceError, Store
 from cfstore.errors import StoreError
-from cfstore.labels import collect, resolve
+from cfstore.labels import Resolver, collect
 
 Make = Callable[..., Any]
 Cohort = dict[tuple[str, int], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
@@ -398,7 +398,7 @@ def test_a_clinical_table_imported_later_claims_its_slides(tmp_path: Path, store
 def test_patient_and_cohort_follow_the_rules(slide: str, given: str | None, owner: tuple[str | None, str]) -> None:
     patients = [("GBM", "TCGA-02-0047"), ("OWN", "case1"), ("OWN", "case1_A"), ("OWN", "both"), ("GBM", "both")]
     labels = collect(patients, [("OWN", "odd name", "case1")])
-    found = resolve(slide, given, "folder", labels)
+    found = Resolver(labels).owner(slide, given, "folder")
     assert (found.patient_id, found.cohort) == owner
 
 
