@@ -6,12 +6,9 @@ import itertools
 import logging
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from faulty_proxy import FaultyProxy
-
-from cfstore.remote.bucket import Bucket
 
 _numbers = itertools.count()
 
@@ -61,14 +58,6 @@ def bucket_url(s3: FaultyProxy, s3_port: int) -> str:
     client.create_bucket(Bucket=name)
     client.close()
     return f"s3://{name}/cohorts/store"
-
-
-def upload(folder: Path, url: str) -> None:
-    """Copy a store into a bucket as `aws s3 sync` would, past the proxy."""
-    bucket = Bucket(url)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith("."):
-            bucket.put(path.relative_to(folder).as_posix(), path.read_bytes())
 
 
 @pytest.fixture(autouse=True)

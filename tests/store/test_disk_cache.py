@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import upload
+from buckets import upload
 
 import cfstore
 from cfstore import IngestOptions

@@ -11,8 +11,8 @@ from typing import Any
 import duckdb
 import numpy as np
 import pytest
+from buckets import upload
 from click.testing import CliRunner
-from conftest import upload
 from faulty_proxy import Fault, FaultyProxy
 
 import cfstore

@@ -6,8 +6,8 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
+from buckets import upload
 from click.testing import CliRunner
-from conftest import upload
 from faulty_proxy import Fault
 
 import cfstore
