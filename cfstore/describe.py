@@ -12,7 +12,7 @@ from cfstore.derive import DeriveReport
 from cfstore.ingest import IngestReport
 from cfstore.plan import IngestPlan, Problem
 from cfstore.removal import CompactReport
-from cfstore.render import SHOWN, human_bytes, some
+from cfstore.render import SHOWN, counted, human_bytes, some
 from cfstore.verify import VerifyReport
 
 
@@ -60,7 +60,7 @@ def describe_report(report: IngestReport) -> Iterator[str]:
     speed = report.source_bytes / max(report.seconds, 1e-9)
     ratio = f", {report.stored_bytes / report.source_bytes:.2f} of the source" if report.source_bytes else ""
     yield (
-        f"done       {report.n_slides} slides ({report.n_bags} bags) in {report.n_shards} shards: "
+        f"done       {report.n_slides} slides ({report.n_bags} bags) in {counted(report.n_shards, 'shard')}: "
         f"{human_bytes(report.source_bytes)} -> {human_bytes(report.stored_bytes)}{ratio}, "
         f"{report.seconds:.1f} s, {human_bytes(speed)}/s"
     )
@@ -89,7 +89,7 @@ def describe_verify(report: VerifyReport) -> Iterator[str]:
     speed = report.decoded_bytes / max(report.seconds, 1e-9)
     wrong = {finding.slide_id for finding in report.findings}
     yield (
-        f"verified   {report.n_shards} shards, {report.n_slides} slides ({report.n_bags} bags), "
+        f"verified   {counted(report.n_shards, 'shard')}, {report.n_slides} slides ({report.n_bags} bags), "
         f"{human_bytes(report.decoded_bytes)} of features, {report.seconds:.1f} s, {speed / 1e9:.2f} GB/s: "
         + (f"{len(report.findings)} findings, {len(wrong - {None})} slides" if wrong else "all as it was written")
     )
@@ -102,7 +102,7 @@ def describe_verify(report: VerifyReport) -> Iterator[str]:
 def describe_compact(report: CompactReport) -> str:
     """What a compaction did, in one line."""
     return (
-        f"compacted  {report.n_shards_before} shards -> {report.n_shards_after}, "
+        f"compacted  {counted(report.n_shards_before, 'shard')} -> {report.n_shards_after}, "
         f"{human_bytes(report.bytes_before)} -> {human_bytes(report.bytes_after)}; "
         f"{report.n_slides_rewritten} slides rewritten"
     )

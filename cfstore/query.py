@@ -7,7 +7,7 @@ is locked before the statement is seen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -47,10 +47,10 @@ def run_query(root: Path, query: str, extra: Mapping[str, pa.Table] | None = Non
         connection.execute("SET temp_directory = ''")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
-        return _run(connection, query)
+        return _run(connection, query, (*TABLES, *(extra or ())))
 
 
-def _run(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
+def _run(connection: duckdb.DuckDBPyConnection, query: str, tables: Sequence[str]) -> pa.Table:
     try:
         statements = connection.extract_statements(query)
     except duckdb.Error as error:
@@ -69,6 +69,11 @@ def _run(connection: duckdb.DuckDBPyConnection, query: str) -> pa.Table:
     except duckdb.PermissionException as error:
         message = f"refused: {_OUTSIDE}, no other file ({_first_lines(error)})"
         raise QueryError(message) from error
+    except duckdb.CatalogException as error:
+        words = _first_lines(error)
+        if words.startswith("Catalog Error: Table with name "):  # what DuckDB thinks was meant is a table of its own
+            words = f"{words.splitlines()[0]} Tables: {', '.join(tables)}"
+        raise QueryError(words) from error
     except duckdb.Error as error:
         raise QueryError(_first_lines(error)) from error
 

@@ -34,6 +34,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts: 1 shard, 15 shards."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def some(items: Sequence[str]) -> str:
     """The first few items, and how many more there are."""
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""

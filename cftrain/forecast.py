@@ -95,14 +95,15 @@ class Forecast:
             )
             for run in self.runs
         ]
-        sharing = f"folds share readings, {self.groups} group(s)" if self.fused else "every fold reads for itself"
+        together = f", in {self.groups} groups" if self.groups > 1 else ""
+        sharing = f"folds share readings{together}" if self.fused else "every fold reads for itself"
         return [
             f"cohort {self.cohort}, encoder {self.encoder}: {self.n_slides:,} slides of {self.n_patients:,} patients, "
             f"{self.n_events:,} deaths, {self.n_patches:,} patches; largest slide {self.largest_slide}",
             *[f"  left out: {n} slides, {reason}" for reason, n in self.excluded.items()],
             f"splits {self.splits}, one example is a {self.unit}",
             *folds,
-            f"device {self.device}; {self.jobs} job(s), {sharing}",
+            f"device {self.device}; {self.jobs} job{'s' * (self.jobs != 1)}, {sharing}",
             *runs,
             f"reading: {self.passes} passes of {size_text(self.bytes_per_pass)}, about "
             f"{_duration(self.read_seconds)} each without a cache",

@@ -22,7 +22,6 @@ from cftrain.survival import c_index, log_rank_median_split, summarise
 from cftrain.survival.covariates import covariates_of
 from cftrain.survival.regression import CoxTable, cox_regression, standardised
 
-BEST_EPOCH_RULE: Final = "best epoch on the reported fold (the paper's rule; optimistic)"
 _ORACLES: Final = {"oracle": "oracle_risk", "5x alone": "oracle_5x", "20x alone": "oracle_20x"}
 
 
@@ -31,6 +30,12 @@ def last_epoch_rule(train: TrainConfig) -> str:
     if train.patience:
         return f"last epoch, {train.patience} after the best on the reported fold at the latest (no fixed schedule)"
     return f"last epoch of a schedule fixed beforehand ({train.epochs} epoch{'s' * (train.epochs > 1)})"
+
+
+def best_epoch_rule(train: TrainConfig) -> str:
+    """How the optimistic number was chosen, in words."""
+    first = train.first_selectable
+    return f"best epoch{f' from epoch {first} on,' * (first > 1)} on the reported fold (the paper's rule; optimistic)"
 
 
 def _log_rank(results: Sequence[FoldResult]) -> dict[str, Any]:
@@ -181,7 +186,7 @@ def write_summary(
     device: torch.device,
 ) -> dict[str, Any]:
     """Write and return summary.json: every C-index with the rule that chose its epoch."""
-    honest, slides = last_epoch_rule(config.train), data.cohort.slides
+    honest, best, slides = last_epoch_rule(config.train), best_epoch_rule(config.train), data.cohort.slides
     people = {slide.patient_id: slide.event for slide in slides}
     log_rank, nested = _log_rank(results), _nested(config, results)
     assessed = outcomes(results)
@@ -198,11 +203,11 @@ def write_summary(
         "seed": config.train.seed,
         "c_index": _metric(results, lambda r: r.last_epoch.c_index, honest),
         "c_index_patient": _metric(results, lambda r: r.last_epoch.c_index_patient, honest),
-        "c_index_best_epoch": _metric(results, lambda r: r.best_epoch.c_index, BEST_EPOCH_RULE),
-        "c_index_patient_best_epoch": _metric(results, lambda r: r.best_epoch.c_index_patient, BEST_EPOCH_RULE),
+        "c_index_best_epoch": _metric(results, lambda r: r.best_epoch.c_index, best),
+        "c_index_patient_best_epoch": _metric(results, lambda r: r.best_epoch.c_index_patient, best),
         **nested,
         "std_ddof": 1,
-        "selection": {"c_index": honest, "c_index_best_epoch": BEST_EPOCH_RULE}
+        "selection": {"c_index": honest, "c_index_best_epoch": best}
         | ({"c_index_nested": nested["c_index_nested"]["rule"]} if nested else {}),
         "log_rank_p": log_rank["p"],
         "log_rank": log_rank,

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cfstore.cli.terminal import json_option, print_json, progress, store_option
-from cfstore.render import human_bytes
+from cfstore.render import counted, human_bytes
 
 
 @click.command()
@@ -64,6 +64,7 @@ def export(
         print_json(asdict(done))
         return
     click.echo(
-        f"{directory}: {done.n_slides} slides ({done.n_bags} bags of {done.encoder}) in {done.n_files} files, "
-        f"{human_bytes(done.bytes)}, {done.seconds:.1f} s; {done.n_without_label} slides without a label"
+        f"{directory}: {done.n_slides} slides ({done.n_bags} bags of {done.encoder}) "
+        f"in {counted(done.n_files, 'file')}, {human_bytes(done.bytes)}, {done.seconds:.1f} s; "
+        f"{done.n_without_label} slides without a label"
     )

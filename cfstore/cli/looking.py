@@ -52,16 +52,26 @@ def _write_rows(rows: Any, form: str, output: Path | None) -> None:
     import pyarrow.csv
     import pyarrow.parquet
 
+    twice = sorted({name for name in rows.column_names if rows.column_names.count(name) > 1})
+    if form == "json" and twice:
+        message = f"JSON holds one column of a name, and there are several called {', '.join(twice)}: rename with AS"
+        raise click.ClickException(message)
     if output is None and form in ("json", "table"):
         click.echo(_as_text(rows, form))
         return
     with _opened(output) as file:
-        if form == "csv":
-            pyarrow.csv.write_csv(rows, file)
-        elif form == "parquet":
-            pyarrow.parquet.write_table(rows, file)
-        else:
-            file.write((_as_text(rows, form) + "\n").encode())
+        try:
+            if form == "csv":
+                pyarrow.csv.write_csv(rows, file)
+            elif form == "parquet":
+                pyarrow.parquet.write_table(rows, file)
+            else:
+                file.write((_as_text(rows, form) + "\n").encode())
+        except pyarrow.ArrowException as error:
+            if isinstance(error, OSError):
+                raise
+            message = f"{form} cannot hold this ({error}); try --format json, or cast with ::VARCHAR"
+            raise click.ClickException(message) from error
 
 
 def _as_text(rows: Any, form: str) -> str:
@@ -73,21 +83,23 @@ def _as_text(rows: Any, form: str) -> str:
 
 @contextmanager
 def _opened(output: Path | None) -> Iterator[BinaryIO]:
-    """A file to write, else stdout; where it cannot be written that is said, and no part of it stays."""
+    """A file to write, else stdout; where it cannot be written that is said, and no part of an answer stays."""
     if output is None:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    opened = False
+    whole = True
     try:
         with output.open("wb") as file:
-            opened = True
+            whole = False
             yield file
+        whole = True
     except OSError as error:
-        if opened and output.is_file():
-            output.unlink()
         message = f"{output}: cannot be written ({error.strerror or error}); name another file with -o, or free space"
         raise click.ClickException(message) from error
+    finally:
+        if not whole and output.is_file():
+            output.unlink()
 
 
 @click.command()
@@ -107,7 +119,7 @@ def info(store: Path | str, as_json: bool) -> None:
     if as_json:
         print_json(asdict(found))
         return
-    click.echo(f"store {found.path}: {human_bytes(found.stored_bytes)} of features, made {found.created}")
+    click.echo(f"store {found.path}: {human_bytes(found.stored_bytes)} of shards on disk, made {found.created}")
     for title, rows in (
         ("cohorts", found.cohorts),
         ("bags", _readable(found.encoders)),

@@ -122,7 +122,7 @@ def heatmap_lines(about: Mapping[str, Any]) -> list[str]:
         "run's slides",
         *(f"note        {note}" for note in about["notes"]),
         "",
-        *padded([("map", "scale", "highest / mean", "raises / lowers"), *map(_row, about["maps"].items())]),
+        *padded([("map", "scale", "highest / mean", "highest / lowest"), *map(_row, about["maps"].items())]),
     ]
     agreeing = [each for each in about["agreement"] if each["spearman"] is not None]
     if agreeing:

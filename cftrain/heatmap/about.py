@@ -91,6 +91,15 @@ def of_check(found: Mapping[str, Deletion]) -> list[dict[str, Any]]:
     ]
 
 
+def place_notes(grids: Mapping[int, Grid]) -> list[str]:
+    """Where the places of patches are from, unless the source says all of it; with the scales where these differ."""
+    found = []
+    for note in dict.fromkeys(grid.note for grid in grids.values() if grid.note != IN_SOURCE):
+        of = [f"{scale}x" for scale, grid in grids.items() if grid.note == note]
+        found.append(note if len(of) == len(grids) else f"{', '.join(of)}: {note}")
+    return found
+
+
 def notes(
     members: Sequence[Member], subject: Subject, grids: Mapping[int, Grid], facts: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
@@ -101,7 +110,7 @@ def notes(
         found.append(
             f"the model sees all {n_slides} slides of the patient at once; shown are this slide's shares of the whole"
         )
-    found += dict.fromkeys(grid.note for grid in grids.values() if grid.note != IN_SOURCE)
+    found += place_notes(grids)
     found += [
         grid.parents_note
         for grid in grids.values()

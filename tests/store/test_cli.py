@@ -91,6 +91,19 @@ def test_sql_answers_in_every_format(form: str, demo: Path, tmp_path: Path) -> N
     assert rows == [(5, 12), (10, 12), (20, 12)]
 
 
+def test_what_a_format_cannot_hold_is_said_in_one_line_and_leaves_no_file(demo: Path, tmp_path: Path) -> None:
+    for form, query, said in (
+        ("csv", "SELECT [1, 2] AS both", "csv cannot hold this"),
+        ("json", "SELECT 1 AS a, 2 AS b, 3 AS a", "several called a"),
+    ):
+        out = tmp_path / f"out.{form}"
+        for words in ((), ("-o", out)):
+            done = invoke("sql", query, "--format", form, *words, "--store", demo / "store")
+            assert (done.exit_code, len(done.stderr.splitlines()), done.stdout) == (1, 1, ""), done.output
+            assert said in done.stderr
+        assert not out.exists()
+
+
 def test_sums_are_numbers_and_missing_values_null_in_json(demo: Path) -> None:
     query = "SELECT sum(event::int) AS events, NULL AS nothing, 'nan'::double AS undefined FROM patients"
     (row,) = json.loads(invoke("sql", query, "--format", "json", "--store", demo / "store").stdout)

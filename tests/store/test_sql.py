@@ -11,6 +11,7 @@ import pytest
 
 import cfstore
 from cfstore import QueryError, Store
+from cfstore.query import run_query
 from cfstore.schema import TABLES
 
 Make = Callable[..., Any]
@@ -103,6 +104,16 @@ def test_two_statements_are_refused_before_the_first_runs(filled: Store, tmp_pat
 def test_sql_that_fails_is_a_query_error_with_duckdbs_words(query: str, filled: Store) -> None:
     with pytest.raises(QueryError, match="Error: "):
         filled.sql(query)
+
+
+def test_a_table_that_is_not_there_is_said_in_one_line_with_those_that_are(filled: Store) -> None:
+    with pytest.raises(QueryError) as caught:
+        filled.sql("SELECT * FROM nothing")
+    assert "nothing does not exist" in str(caught.value)
+    assert str(caught.value).endswith("Tables: patients, slides, bags, splits, skipped, derived, prototypes")
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(QueryError, match=r", prototypes, runs$"):
+        run_query(filled.path, "SELECT * FROM nothing", {"runs": pa.table({"run": ["a"]})})
 
 
 def test_python_variables_are_no_tables(filled: Store) -> None:

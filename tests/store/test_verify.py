@@ -342,7 +342,7 @@ def test_the_command_names_slide_shard_finding_and_remedy(plain: Store) -> None:
     line = next(line for line in result.output.splitlines() if "chunk 0 changed" in line)
     assert line.startswith(f"damaged    s1 in features/uni/{shard.name}: ")
     assert "restore the shard from a copy, or `cfstore rm s1` and ingest it again" in line
-    assert "verified   1 shards, 3 slides" in result.output
+    assert "verified   1 shard, 3 slides" in result.output
     as_json = CliRunner().invoke(main, ["verify", "--json", "--store", str(plain.path)])
     assert as_json.exit_code == 1
     assert {finding["slide_id"] for finding in json.loads(as_json.stdout)["findings"]} == {"s1"}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cfstore import Bag
+from cftrain.heatmap.about import place_notes
 from cftrain.heatmap.layers import FILE_ORDER, LEVEL0
 from cftrain.heatmap.places import grids_of, reach
 
@@ -54,6 +55,16 @@ def test_too_few_patches_to_show_a_spacing_take_that_of_the_finest_scale():
     grids = grids_of({5: bag([(0, 0), (2048, 0)]), 20: bag(FULL[20])}, told(x5=None, x20=None))
     assert grids[5].edge == 1024  # not 2048, the hole between the two
     assert "spacing at 20x" in grids[5].note
+
+
+def test_a_note_on_places_says_of_which_scales_it_is_unless_it_is_of_all():
+    mixed = grids_of({5: bag([(0, 0), (2048, 0)]), 20: bag(FULL[20])}, told(x5=None, x20=None))
+    first, second = place_notes(mixed)
+    assert first.startswith("5x: corners from the source files; patch size from the spacing at 20x")
+    assert second.startswith("20x: corners from the source files; they do not give the patch size")
+    [of_all] = place_notes(grids_of({20: bag(FULL[20]), 10: bag(FULL[10])}, told(x10=None, x20=None)))
+    assert of_all.startswith("corners from the source files; they do not give the patch size")
+    assert place_notes(grids_of({20: bag(FULL[20])}, told(x20=256))) == []
 
 
 def test_a_single_patch_of_unknown_size_is_drawn_and_the_guess_is_said():

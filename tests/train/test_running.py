@@ -19,6 +19,7 @@ from cftrain.config import load_config
 from cftrain.errors import ConfigError, RunError
 from cftrain.experiment import prepare
 from cftrain.planned import new_runs, resumed
+from cftrain.summary import best_epoch_rule
 
 QUICK = [
     "train.epochs=2", "train.accumulate=4", "train.select_from=1", "train.batch_patches=400",
@@ -131,6 +132,15 @@ def test_runs_of_another_order_do_not_share_readings(demo_store, tmp_path):
     one, other = (load_config(flags={"data.cohort": "DEMO"}, settings=[f"train.seed={seed}"]) for seed in (1, 2))
     with pytest.raises(ConfigError, match=r"same \[data\] settings and data\.order_seed"):
         prepare([one, other], demo_store.path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("select_from", "epochs", "said"), [(6, 20, " from epoch 6 on,"), (6, 3, " from epoch 3 on,"), (1, 9, "")]
+)
+def test_the_rule_of_the_best_epoch_says_from_which_epoch_on_it_chooses(select_from, epochs, said):
+    settings = [f"train.select_from={select_from}", f"train.epochs={epochs}"]
+    train = load_config(flags={"data.cohort": "C"}, settings=settings).train
+    assert best_epoch_rule(train) == f"best epoch{said} on the reported fold (the paper's rule; optimistic)"
 
 
 def test_nothing_to_go_on_with_is_said(tmp_path):
