@@ -29,7 +29,7 @@ from cftrain.teams import Done, Spec, Team, Told, train_teams
 PROCESSES: Final = "processes.json"
 
 
-def fold_numbers(config: RunConfig, store: Path) -> list[int]:
+def fold_numbers(config: RunConfig, store: Path | str) -> list[int]:
     """The folds of a run, in their order; reads labels and no features.
 
     Raises

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from cftrain.compare.rendering import legend_of, number_text, p_text, seeds_text
+from cftrain.compare.rendering import legend_of, number_text, p_text, printable, seeds_text
 from cftrain.compare.table import Comparison
 
 _PLACES: Final = {1: "best", 2: "second"}
@@ -29,6 +29,7 @@ def to_html(comparison: Comparison, reports: Mapping[Path, str] = MappingProxyTy
         loader=PackageLoader("cftrain"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

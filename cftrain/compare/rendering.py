@@ -68,9 +68,9 @@ def to_text(comparison: Comparison) -> str:
     def mark(number: str, place: int) -> str:
         return number + {1: " *", 2: " +"}.get(place, "")
 
-    header, rows = _grid(comparison, mark, _printable, "±")
+    header, rows = _grid(comparison, mark, printable, "±")
     legend = legend_of(comparison, "marked *", "marked +")
-    beneath = [_printable(line) for line in (*comparison.caption, *legend, *comparison.notes)]
+    beneath = [printable(line) for line in (*comparison.caption, *legend, *comparison.notes)]
     return "\n".join([*_padded([header, *rows]), "", *beneath]) + "\n"
 
 
@@ -176,14 +176,14 @@ def _pipes(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """One line without control characters, which a terminal would obey."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", _printable(text))
+    return re.sub(r"([\\`*_\[\]<>|~&$])", r"\\\1", printable(text))
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in _printable(text))
+    return "".join(_LATEX.get(character, character) for character in printable(text))

@@ -30,7 +30,7 @@ class Job:
     """What one process does at a time: a run, or one fold of it where folds are trained apart."""
 
     run: Run
-    store: Path
+    store: Path | str
     fold: int | None = None
 
     @property

@@ -38,6 +38,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
+from cfstore import is_url
 from cftrain.cache import parse_size
 from cftrain.config import RunConfig, load_config
 from cftrain.errors import ConfigError
@@ -107,10 +108,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep: its runs, in the order in which they are made, and what each job takes."""
+    """A sweep: its runs, in the order in which they are made, and what each job takes.
+
+    `store` is a folder, or the address of a store on object storage.
+    """
 
     path: Path
-    store: Path
+    store: Path | str
     out: Path
     runs: tuple[Run, ...]
     apart: bool
@@ -138,7 +142,7 @@ def read_plan(path: Path) -> Plan:
     of_models = _tables(path, content, "model", models, bare="model")
     of_cohorts = _tables(path, content, "cohort", cohorts)
     _check_own(path, {"set": of_all, **of_models, **of_cohorts})
-    store, out = (_path(path, content, key) for key in ("store", "out"))
+    store, out = _store(path, content), _path(path, content, "out")
     runs = []
     for cohort, encoder, model, seed in product(cohorts, encoders, models, seeds):
         parts = {"set": of_all, f"cohort.{cohort}": of_cohorts.get(f"cohort.{cohort}", {})}
@@ -234,6 +238,11 @@ def _folds(path: Path, content: Mapping[str, Any]) -> str:
     if found not in _FOLDS:
         raise ConfigError(f"{path}: folds must be {' or '.join(_FOLDS)}, got {found!r}")
     return str(found)
+
+
+def _store(path: Path, content: Mapping[str, Any]) -> Path | str:
+    found = content["store"]
+    return str(found) if is_url(found) else _path(path, content, "store")
 
 
 def _path(path: Path, content: Mapping[str, Any], key: str) -> Path:

@@ -72,7 +72,7 @@ def jobs_of(plan: Plan) -> tuple[Job, ...]:
     return tuple(Job(run, plan.store, fold) for run in plan.runs for fold in _folds(run, plan.store))
 
 
-def _folds(run: Run, store: Path) -> Sequence[int | None]:
+def _folds(run: Run, store: Path | str) -> Sequence[int | None]:
     try:
         return fold_numbers(run.config, store)
     except (TrainError, StoreError):

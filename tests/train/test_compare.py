@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from lifelines.utils import concordance_index
 
-from cftrain.compare import compare, to_csv, to_dict, to_latex, to_markdown, to_text
+from cftrain.compare import compare, to_csv, to_dict, to_html, to_latex, to_markdown, to_text
 from cftrain.errors import ConfigError, RunError
 
 LAST, BEST = "last epoch of a schedule fixed beforehand (20 epochs)", "best epoch on the reported fold"
@@ -477,6 +477,21 @@ def test_hostile_names_do_not_break_a_table(tmp_path):
         assert "\x1b" not in text
     assert len(to_text(found).splitlines()[:4]) == 4
     assert to_text(found).splitlines()[3].startswith("b ")
+
+
+def test_a_page_has_the_tables_numbers_links_its_runs_and_fetches_nothing(tmp_path):
+    runs = [make_run(tmp_path / name, model=name, noise=noise) for name, noise in (("good", 0.5), ("bad", 4.0))]
+    evil = make_run(tmp_path / "1", model=EVIL, noise=2.0)
+    found = compare([*runs, evil], replicates=20)
+    page = to_html(found, {runs[0]: "good run/report.html"})
+    for row in found.rows:
+        assert f'<span class="mean">{row.cells[0].mean:.3f}</span>' in page
+    assert page.index('class="best"') > page.index("good")
+    assert 'href="good%20run/report.html"' in page
+    assert "<b>" not in page
+    assert "&lt;b&gt;" in page
+    assert "\x1b" not in page
+    assert not re.search(r"https?://|<script", page)
 
 
 def test_the_same_runs_give_the_same_table(tmp_path):

@@ -130,6 +130,12 @@ def test_settings_hold_for_all_runs_then_for_a_cohort_then_for_a_model(tmp_path)
     assert [runs[f"A-abmil-s{seed}"].config.train.seed for seed in (3, 4)] == [3, 4]
 
 
+def test_a_store_on_object_storage_is_named_by_its_address(tmp_path):
+    path = write_plan(tmp_path / "plan.toml", "s3://bucket/store", models=("abmil",))
+    assert read_plan(path).store == "s3://bucket/store"
+    assert read_plan(write_plan(path, "store", models=("abmil",))).store == tmp_path / "store"
+
+
 def test_a_cohort_or_encoder_that_the_store_lacks_is_named_with_near_ones(store, tmp_path):
     plan = read_plan(write_plan(tmp_path / "plan.toml", store, cohorts=("ONE", "TWOO")))
     with pytest.raises(ConfigError, match="cohorts: no 'TWOO'; did you mean TWO"):
