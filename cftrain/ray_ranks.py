@@ -83,7 +83,7 @@ def train_on_ray(asked: Asked, address: str | None, heard: Heard) -> int:
         restart = 0
         while True:
             arguments = asked.arguments("cuda" if gpu else "cpu")
-            with _placed(ray, share, asked, stop) as agents:
+            with _kept(restart), _placed(ray, share, asked, stop) as agents:
                 ends = _Attempt(ray, agents, stop, heard).run(arguments, share.cpus)
             cause = _cause(ends)
             if cause is None or (stop and ends[0].ended.how == "stopped"):
@@ -140,6 +140,17 @@ def _nodes(ray: Any) -> list[Node]:
 
 
 @contextmanager
+def _kept(restart: int) -> Iterator[None]:
+    """Say of an error that it ends no first attempt: the cluster may have no room any more."""
+    try:
+        yield
+    except EngineError as error:
+        if not restart:
+            raise
+        raise EngineError(f"{error}; the checkpoints are kept, go on with `cftrain run --resume`") from error
+
+
+@contextmanager
 def _placed(ray: Any, share: Share, asked: Asked, stop: StopRequest) -> Iterator[list[tuple[Any, Place]]]:
     """Agents in a placement group of their own by rank, and where they are; the group is removed afterwards.
 
@@ -148,7 +159,6 @@ def _placed(ray: Any, share: Share, asked: Asked, stop: StopRequest) -> Iterator
     EngineError, StoppedError
         The cluster has no room for it now.
     """
-    share_of(_nodes(ray), asked.workers, gpu=bool(share.gpus), cpus=share.cpus)  # nodes may have gone
     bundle = {"CPU": share.cpus, **({"GPU": share.gpus} if share.gpus else {})}
     group = ray.util.placement_group([bundle] * asked.workers, strategy="PACK", name=_NEED)
     agents: list[Any] = []
@@ -178,7 +188,7 @@ def _placed(ray: Any, share: Share, asked: Asked, stop: StopRequest) -> Iterator
 
 
 def _wait_for(ray: Any, group: Any, share: Share, asked: Asked, stop: StopRequest) -> None:
-    """Until the group is there; the cluster could hold it, but others may be using it."""
+    """Until the group is there: others may use the nodes that could hold it, or a lost node may be replaced."""
     ready, until = group.ready(), time.monotonic() + asked.place_seconds
     while not ray.wait([ready], timeout=_NEWS_SECONDS)[0]:
         if stop:
