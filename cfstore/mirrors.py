@@ -72,7 +72,7 @@ def remote_of(root: Path) -> Remote | None:
     """The store on object storage that `root` is a snapshot of; None where it is a store of its own."""
     try:
         remote = Remote(**json.loads((root / REMOTE_FILE).read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError) as error:
         raise StoreFormatError(f"{root / REMOTE_FILE}: cannot be read ({error}); delete the folder {root}") from error
@@ -186,7 +186,7 @@ def _make(mirror: Path, bucket: Bucket, cache: CacheSetting | None) -> Path:
         remote = Remote(bucket.url, uuid_, head.etag, head.size, str(cache.folder) if cache else None)
         (folder / REMOTE_FILE).write_text(json.dumps(asdict(remote)))
         name = xxhash.xxh3_128_hexdigest(_digests(folder).encode())
-        if not (mirror / name / REMOTE_FILE).exists():
+        if not _is_sound(mirror / name, remote):
             sync_tree(folder)
             discard(mirror / name)
             folder.rename(mirror / name)
@@ -196,6 +196,15 @@ def _make(mirror: Path, bucket: Bucket, cache: CacheSetting | None) -> Path:
         return mirror / name
     finally:
         discard(folder)
+
+
+def _is_sound(root: Path, remote: Remote) -> bool:
+    """Whether a snapshot is there, and of this store."""
+    try:
+        held = remote_of(root)
+    except StoreFormatError:
+        return False
+    return held is not None and (held.url, held.cache) == (remote.url, remote.cache)
 
 
 def _digests(folder: Path) -> str:

@@ -376,14 +376,15 @@ class Bucket:
         if isinstance(error, (PermissionError, errors.PermissionDeniedError, errors.UnauthenticatedError)):
             return RemoteError(f"{self.shown(key)}: the server forbids to {what} it; check the cloud's credentials")
         status = _status(error)
-        final = isinstance(error, OSError | ValueError) or "non-partial response" in str(error)
+        no_ranges = isinstance(error, errors.NotSupportedError) or "non-partial response" in str(error)
+        final = isinstance(error, OSError | ValueError) or no_ranges
         if status is not None and 400 <= status < 500 and status not in _TEMPORARY:
             final = True
         if not final:
             return TemporaryError(_line(error))
         if status == 416:
             return RemoteObjectChangedError(f"{self.shown(key)}: is shorter than what was written")
-        if "non-partial response" in str(error):
+        if no_ranges:
             return RemoteError(f"{self.shown(key)}: the server answers no ranges; use one that does")
         return RemoteError(f"{self.shown(key)}: cannot {what} it ({_line(error)})")
 
