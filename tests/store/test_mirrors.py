@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import upload
+from buckets import upload
 from faulty_proxy import Fault
 
 import cfstore
