@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
 
 import duckdb
 
-from cfstore.catalog import connect
+from cfstore.catalog import AMONG, connect
 from cfstore.errors import QueryError, SlideNotFoundError
 from cfstore.query import run_query
 
@@ -42,22 +42,37 @@ def select_slides(root: Path, where: str | None, cohort: str | None = None) -> l
     SlideNotFoundError
         No slide is left.
     """
-    with connect(root) as connection:
-        known = dict(connection.execute("SELECT slide_id, cohort FROM slides").fetchall())
-    if cohort is not None and cohort not in known.values():
-        held = ", ".join(sorted(set(known.values()))) or "none"
-        message = f"cohort {cohort!r} has no slides in {root}; cohorts here: {held}"
+    cohorts = _cohorts(root)
+    if cohort is not None and cohort not in cohorts:
+        message = f"cohort {cohort!r} has no slides in {root}; cohorts here: {', '.join(cohorts) or 'none'}"
         raise SlideNotFoundError(message)
-    chosen = set(known) if where is None else _matching(root, where)
-    if not chosen <= set(known):
+    matching = None if where is None else _matching(root, where)
+    known = _known(root, cohort, matching)
+    if matching is not None and not matching <= set(known):
         message = f"--where {where!r}: gives other values than slides of this store; write one condition"
         raise QueryError(message)
-    chosen = {slide_id for slide_id in chosen if cohort in (None, known[slide_id])}
+    chosen = sorted(slide_id for slide_id, of in known.items() if cohort in (None, of))
     if not chosen:
         of = f" of cohort {cohort}" if cohort else ""
         message = f"{root} has no slide{of}" if where is None else f"--where {where!r}: matches no slide{of} in {root}"
         raise SlideNotFoundError(message)
-    return sorted(chosen)
+    return chosen
+
+
+def _cohorts(root: Path) -> list[str]:
+    with connect(root) as connection:
+        rows = connection.execute("SELECT DISTINCT cohort FROM slides ORDER BY cohort").fetchall()
+    return [cohort for (cohort,) in rows]
+
+
+def _known(root: Path, cohort: str | None, matching: Collection[str] | None) -> dict[str, str]:
+    """Cohorts of those slides that match; of those of a cohort, where there is no condition."""
+    condition, wanted = "$1::VARCHAR IS NULL OR cohort = $1", cohort  # type: str, object
+    if matching is not None:
+        condition, wanted = AMONG, list(matching)
+    with connect(root) as connection:
+        rows = connection.execute(f"SELECT slide_id, cohort FROM slides WHERE {condition}", [wanted]).fetchall()
+    return dict(rows)
 
 
 def _matching(root: Path, where: str) -> set[str]:
@@ -92,14 +107,14 @@ def shard_order(root: Path, encoder: str, slide_ids: Iterable[str]) -> list[list
     """
     wanted = set(slide_ids)
     query = (
-        "SELECT shard, slide_id FROM bags WHERE encoder = ? "
+        f"SELECT shard, slide_id FROM bags WHERE encoder = ? AND {AMONG} "
         "GROUP BY shard, slide_id ORDER BY shard, min(byte_start), slide_id"
     )
     with connect(root) as connection:
-        rows = connection.execute(query, [encoder]).fetchall()
+        rows = connection.execute(query, [encoder, list(wanted)]).fetchall()
     shards: dict[str, list[str]] = {}
     for shard, slide_id in rows:
-        if slide_id in wanted:
+        if slide_id in wanted:  # in one shard only, should it be in several
             wanted.discard(slide_id)
             shards.setdefault(shard, []).append(slide_id)
     if wanted:

@@ -167,7 +167,10 @@ def _patients(store: Store, cohort: Cohort) -> dict[str, dict[str, Any]]:
 
     A cohort of a query calls a patient "cohort/patient_id" where two cohorts share an id.
     """
-    rows = store.sql("SELECT * FROM patients").to_pylist()
+    quoted = ", ".join(
+        "'" + name.replace("'", "''") + "'" for name in sorted({slide.cohort for slide in cohort.slides})
+    )
+    rows = store.sql(f"SELECT * FROM patients WHERE cohort IN ({quoted})").to_pylist()
     by_key = {(row["cohort"], row["patient_id"]): row for row in rows}
     found = {}
     for slide in cohort.slides:
