@@ -30,7 +30,7 @@ from cfstore.derived_files import published_files
 from cfstore.errors import DamagedShardError, StoreFormatError, StoreWriteError
 from cfstore.labels import CohortLabels, Resolver, collect, possible_patients
 from cfstore.locks import discard
-from cfstore.schema import BAGS, CATALOG_FILE, REMOVED_FILE, SNAPSHOT_FILE, TABLES, TABLES_DIR, ddl
+from cfstore.schema import BAGS, CATALOG_FILE, REMOVED_FILE, SNAPSHOT_FILE, STAGED_FILE, TABLES, TABLES_DIR, ddl
 from cfstore.shards import Extent, ShardRecord, commit, published_shards, read_record, read_shard
 
 PATIENTS_PREFIX: Final = "patients-"
@@ -41,6 +41,8 @@ SKIPPED_PREFIX: Final = "skipped-"
 # What users' SQL does not see: the registered shards, what they say of a slide before labels are
 # looked up, where every array of every bag lies, which files of `tables/` were taken over, and
 # which file beside the catalog is behind it: the snapshot, while shards are being registered.
+# Of a store in a bucket (see `remote.commits`) also: which objects are the files of `tables/`, and
+# which uploads were swept away and must not be named any more.
 _INTERNAL: Final = {
     "shards": "shard VARCHAR, chunk_rows INTEGER, replaces VARCHAR[]",
     "shard_slides": "slide_id VARCHAR, cohort VARCHAR, folder VARCHAR, shard VARCHAR",
@@ -48,6 +50,8 @@ _INTERNAL: Final = {
     "sizes BIGINT[], decoded_start BIGINT, digests UBIGINT[]",
     "tables": "file VARCHAR, digest VARCHAR",
     "trailing": "file VARCHAR",
+    "table_objects": "file VARCHAR, digest VARCHAR, object VARCHAR",
+    "swept": "name VARCHAR",
     **derived_tables.INTERNAL,
 }
 _OF_SHARDS: Final = ("bags", "internal.shards", "internal.shard_slides", "internal.extents")
@@ -72,7 +76,7 @@ _SNAPSHOT: Final = """
 @contextmanager
 def _edit(root: Path, *, afresh: bool = False, with_snapshot: bool = True) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection to a copy of the catalog (or an empty one), renamed into place on success. Needs the write lock."""
-    current = root / CATALOG_FILE
+    current, staged = root / CATALOG_FILE, (root / STAGED_FILE).exists()
     sweep_temporary(root)
     copy, snapshot = root / f".{CATALOG_FILE}.{uuid.uuid4().hex}", root / f".{SNAPSHOT_FILE}"
     try:
@@ -81,13 +85,16 @@ def _edit(root: Path, *, afresh: bool = False, with_snapshot: bool = True) -> It
         with duckdb.connect(copy) as connection:
             _create_tables(connection)
             yield connection
+            if staged:
+                _name_table_objects(connection, root)
             if with_snapshot:
                 connection.execute("DELETE FROM internal.trailing")
-                connection.execute(f"COPY ({_SNAPSHOT}) TO ? (FORMAT parquet)", [str(snapshot)])
+            if with_snapshot and not staged:  # `remote.staging` puts it when the writing ends
+                _copy_snapshot(connection, snapshot)
             connection.execute("CHECKPOINT")
         # The snapshot first: cut off between the two, the catalog is behind what is on disk or says that the
         # snapshot is, and `reconcile` does it again. A snapshot that is behind would go unnoticed.
-        if with_snapshot:
+        if with_snapshot and not staged:
             commit(snapshot, root / SNAPSHOT_FILE)
         commit(copy, current)
     except _DISK_ERRORS as error:
@@ -98,6 +105,16 @@ def _edit(root: Path, *, afresh: bool = False, with_snapshot: bool = True) -> It
         raise StoreWriteError(message) from error
     finally:
         sweep_temporary(root)
+
+
+def _copy_snapshot(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+    connection.execute(f"COPY ({_SNAPSHOT}) TO ? (FORMAT parquet)", [str(path)])
+
+
+def write_snapshot(root: Path) -> None:
+    """Make `catalog.parquet` of the catalog as it is; `_edit` does it except where the folder stands for a bucket."""
+    with connect(root) as connection:
+        _copy_snapshot(connection, root / SNAPSHOT_FILE)
 
 
 def sweep_temporary(root: Path) -> None:
@@ -221,7 +238,74 @@ def _table_digests(root: Path) -> dict[str, str]:
     """The files of `tables/` and the digest of each."""
     prefixes = (PATIENTS_PREFIX, SLIDE_LABELS_PREFIX, SPLITS_PREFIX, SKIPPED_PREFIX)
     files = [Path(name) for prefix in prefixes for name in _tables(root, prefix)]
-    return {path.name: f"xxh3-128:{xxhash.xxh3_128_hexdigest(path.read_bytes())}" for path in files}
+    return {path.name: digest_of_file(path) for path in files}
+
+
+def digest_of_file(path: Path) -> str:
+    """xxh3-128 of a file of `tables/`."""
+    return f"xxh3-128:{xxhash.xxh3_128_hexdigest(path.read_bytes())}"
+
+
+def _name_table_objects(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
+    """Give every file of `tables/` that is new or changed an object name that no other ever had."""
+    known = {file: (digest, name) for file, digest, name in table_objects(connection)}
+    connection.execute("DELETE FROM internal.table_objects")
+    for path in sorted((root / TABLES_DIR).glob("[!.]*.parquet")):
+        digest, name = digest_of_file(path), f"{TABLES_DIR}/{uuid.uuid4().hex}/{path.name}"
+        held = known.get(path.name, ("", ""))
+        row = [path.name, digest, held[1] if held[0] == digest else name]
+        connection.execute("INSERT INTO internal.table_objects VALUES (?, ?, ?)", row)
+
+
+def table_objects(connection: duckdb.DuckDBPyConnection) -> list[tuple[str, str, str]]:
+    """File of `tables/`, its digest and its object in a bucket; none where they are called as in a folder."""
+    if not derived_tables.has_table(connection, "table_objects", "internal"):
+        return []
+    return connection.execute("SELECT file, digest, object FROM internal.table_objects ORDER BY file").fetchall()
+
+
+@dataclass(frozen=True)
+class Named:
+    """The objects of a bucket that a catalog names.
+
+    Parameters
+    ----------
+    shards, derived
+        Their names; those of shards are what the names of their objects begin with.
+    tables
+        By file of `tables/`, its digest and its object.
+    swept
+        Shards and objects that were taken for left behind: nothing may name them any more.
+    """
+
+    shards: frozenset[str]
+    derived: frozenset[str]
+    tables: Mapping[str, tuple[str, str]]
+    swept: frozenset[str]
+
+    def holds(self, name: str) -> bool:
+        """Whether a shard or object is named."""
+        return name in self.shards or name in self.derived or any(name == key for _, key in self.tables.values())
+
+
+def read_named(root: Path) -> Named:
+    """What the catalog names."""
+    with connect(root) as connection:
+        shards = connection.execute("SELECT shard FROM internal.shards").fetchall()
+        has_swept = derived_tables.has_table(connection, "swept", "internal")
+        swept = connection.execute("SELECT name FROM internal.swept").fetchall() if has_swept else []
+        return Named(
+            frozenset(shard for (shard,) in shards),
+            frozenset(derived_tables.known_files(connection)),
+            {file: (digest, name) for file, digest, name in table_objects(connection)},
+            frozenset(name for (name,) in swept),
+        )
+
+
+def note_swept(root: Path, names: Iterable[str]) -> None:
+    """Write down that these uploads are given up. Needs the write lock."""
+    with _edit(root) as connection:
+        _insert(connection, "internal.swept", pa.table({"name": pa.array(sorted(names), pa.string())}))
 
 
 def _known_tables(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:

@@ -38,6 +38,7 @@ from cfstore.neighbours import nearest_patches, similar_patches
 from cfstore.reader import SlideReader
 from cfstore.shards import TEMPORARY_PREFIX, sync
 from cfstore.types import Bag
+from cfstore.writing import commit
 
 BLOCK_BYTES: Final = 16 << 20
 """Of stored features that are read at once for a mean."""
@@ -327,12 +328,16 @@ def _publish(task: DeriveTask, files: list[tuple[DerivedWriter, Path]]) -> dict[
     changed: dict[Derivation, list[str]] = {}
     if not filled:
         return changed
-    with write_lock(task.root, task.patience):
-        if any(path.exists() for _, path in filled):
-            return None
+
+    def finish() -> bool:
+        if any(path.exists() and writer.path.exists() for writer, path in filled):
+            return False
         for writer, path in filled:
-            now = sources_of(task.root, task.encoder, writer.derivation, task.slides)
-            changed[writer.derivation] = writer.finish(now)
-            rename_into_place(writer.path, path, task.root)
+            if writer.path.exists():  # not when this is done again
+                now = sources_of(task.root, task.encoder, writer.derivation, task.slides)
+                changed[writer.derivation] = writer.finish(now)
+                rename_into_place(writer.path, path, task.root)
         catalog.reload_derived(task.root)
-    return changed
+        return True
+
+    return changed if commit(task.root, finish, task.patience) else None

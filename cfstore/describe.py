@@ -16,8 +16,8 @@ from cfstore.render import SHOWN, counted, human_bytes, some
 from cfstore.verify import VerifyReport
 
 
-def describe_plan(plan: IngestPlan, store: Path) -> Iterator[str]:
-    """What was understood of a folder, and what it would take in `store`, which need not exist yet."""
+def describe_plan(plan: IngestPlan, store: Path | None) -> Iterator[str]:
+    """What was understood of a folder, and what it would take in `store`, which need not exist yet (None: a bucket)."""
     scales = ", ".join(f"{scale}x" for scale in plan.scales)
     yield f"layout     {plan.layout}: scales {scales}"
     yield "encoder    " + ", ".join(f"{name} (D={dim})" for name, dim in sorted(plan.dims.items()))
@@ -34,6 +34,8 @@ def describe_plan(plan: IngestPlan, store: Path) -> Iterator[str]:
         f"bytes      {human_bytes(plan.source_bytes)} to read, "
         f"{human_bytes(plan.feature_bytes)} as {plan.dtype} before compression"
     )
+    if store is None:
+        return
     free = disk_usage(next(folder for folder in (store, *store.absolute().parents) if folder.exists())).free
     yield f"disk       {human_bytes(free)} free" + (
         ": this may not be enough; free space, or name a --store elsewhere" if free < plan.feature_bytes else ""
@@ -160,7 +162,7 @@ def problem_json(problem: Problem) -> dict[str, str]:
     }
 
 
-def report_json(plan: IngestPlan, report: IngestReport, store: Path) -> dict[str, Any]:
+def report_json(plan: IngestPlan, report: IngestReport, store: Path | str) -> dict[str, Any]:
     """Plan and report as one JSON object."""
     done = asdict(report) | {"problems": [problem_json(problem) for problem in report.problems], "store": str(store)}
     return {"plan": plan_json(plan), **done}

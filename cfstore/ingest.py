@@ -15,11 +15,12 @@ from cfstore import catalog
 from cfstore.convert import ARRAY_DTYPE
 from cfstore.engines import EngineName, open_engine
 from cfstore.halves import WORTH_TORCH
-from cfstore.locks import PROBE_PREFIX, discard, sweep, write_lock
+from cfstore.locks import PROBE_PREFIX, discard, sweep
 from cfstore.plan import IngestPlan, Problem, SlideJob, raise_problems
 from cfstore.schema import DERIVED_DIR, FEATURES_DIR
 from cfstore.shard_job import OnError, ShardDone, ShardTask, write_shard
 from cfstore.shards import TEMPORARY_PREFIX, Format, ShardRecord
+from cfstore.writing import commit, sweep_left_behind
 
 SLIDES_PER_SHARD: Final = 64
 BYTES_PER_SHARD: Final = 2 << 30
@@ -82,7 +83,8 @@ def _batches(plan: IngestPlan, jobs: int) -> Iterator[tuple[SlideJob, ...]]:
 
 def prepare(root: Path) -> None:
     """Finish what an earlier process left: register published shards, remove unpublished and replaced ones."""
-    with write_lock(root):
+
+    def finish() -> None:
         for folder in (root / FEATURES_DIR).glob("*"):
             sweep(folder, TEMPORARY_PREFIX)
         for folder in (root / DERIVED_DIR).glob("*/*"):
@@ -92,6 +94,9 @@ def prepare(root: Path) -> None:
         catalog.reconcile(root)
         for shard in catalog.replaced_shards(root):
             remove_shard(root, shard)
+
+    commit(root, finish)
+    sweep_left_behind(root)
 
 
 def remove_shard(root: Path, shard: str) -> None:

@@ -31,7 +31,7 @@ from typing import Final
 import duckdb
 import xxhash
 
-from cfstore.catalog import connect
+from cfstore.catalog import connect, table_objects
 from cfstore.errors import (
     RemoteError,
     RemoteObjectMissingError,
@@ -78,6 +78,12 @@ def remote_of(root: Path) -> Remote | None:
         raise StoreFormatError(f"{root / REMOTE_FILE}: cannot be read ({error}); delete the folder {root}") from error
     show_as(str(root), remote.url)
     return remote
+
+
+def write_remote(root: Path, remote: Remote) -> None:
+    """Make `root` a snapshot of the store: what `remote_of` finds there."""
+    (root / REMOTE_FILE).write_text(json.dumps(asdict(remote)))
+    show_as(str(root), remote.url)
 
 
 def mirrors_folder(cache: CacheSetting | None) -> Path:
@@ -184,7 +190,7 @@ def _make(mirror: Path, bucket: Bucket, cache: CacheSetting | None) -> Path:
                 break  # a writer that died between tables and catalog leaves them so: as it is with a local store
         uuid_ = read_header(folder).uuid
         remote = Remote(bucket.url, uuid_, head.etag, head.size, str(cache.folder) if cache else None)
-        (folder / REMOTE_FILE).write_text(json.dumps(asdict(remote)))
+        write_remote(folder, remote)
         name = xxhash.xxh3_128_hexdigest(_digests(folder).encode())
         if not _is_sound(mirror / name, remote):
             sync_tree(folder)
@@ -263,19 +269,22 @@ def _download_tables(bucket: Bucket, folder: Path, mirror: Path) -> bool:
     try:
         with connect(folder) as connection:
             wanted = dict(connection.execute("SELECT file, digest FROM internal.tables").fetchall())
+            objects = {file: (digest, key) for file, digest, key in table_objects(connection)}
     except duckdb.Error as error:
         message = f"{bucket.shown(CATALOG_FILE)}: cannot be read; `cfstore reindex` on a copy makes it anew"
         raise StoreFormatError(message) from error
     held = {_digest(path): path for path in mirror.glob(f"*/{TABLES_DIR}/*.parquet")}
     complete = True
-    for name in [*wanted, REMOVED_FILE]:
-        path, digest = folder / TABLES_DIR / name, wanted.get(name)
+    if not objects:  # written into a folder, and copied to where it is now
+        objects = {name: (wanted.get(name, ""), f"{TABLES_DIR}/{name}") for name in (*wanted, REMOVED_FILE)}
+    for name, (digest, key) in objects.items():
+        path = folder / TABLES_DIR / name
         known = held.get(digest.rpartition(":")[2]) if digest else None
         if known is not None:
             os.link(known, path)
             continue
         with suppress(RemoteObjectMissingError):
-            path.write_bytes(bucket.get(f"{TABLES_DIR}/{name}"))
+            path.write_bytes(bucket.get(key))
         if digest and not (path.exists() and f"xxh3-128:{_digest(path)}" == digest):
             complete = False
     return complete

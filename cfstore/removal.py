@@ -22,6 +22,7 @@ from cfstore.locks import write_lock
 from cfstore.reader import SlideReader
 from cfstore.shard_job import new_shard, publish, size_on_disk
 from cfstore.shards import BagRecord, ShardRecord, ShardWriter, SlideRecord, published_shards, read_record
+from cfstore.writing import commit
 
 _SMALL_SLIDES: Final = SLIDES_PER_SHARD // 2
 _SMALL_BYTES: Final = BYTES_PER_SHARD // 2
@@ -50,25 +51,28 @@ def remove_slides(root: Path, slide_ids: Sequence[str], encoder: str | None = No
         was removed then.
     """
     prepare(root)
-    with write_lock(root):
-        query = (
-            "SELECT shard, slide_id, count(*) FROM bags WHERE list_contains(?, slide_id) "
-            "AND (?::VARCHAR IS NULL OR encoder = ?) GROUP BY ALL ORDER BY ALL"
-        )
-        with catalog.connect(root) as connection:
-            found = connection.execute(query, [list(slide_ids), encoder, encoder]).fetchall()
-        removed = catalog.read_removed(root)
-        # One that is gone already is no mistake: a run that was cut off is run again.
-        known = {slide_id for shard, slide_id in removed if encoder is None or Path(shard).parent.name == encoder}
-        unknown = sorted(set(slide_ids) - known - {slide_id for _, slide_id, _ in found})
-        if unknown:
-            what = f" from encoder {encoder}" if encoder else ""
-            message = f"{', '.join(unknown[:5])}: not in {root}{what}; nothing was removed"
-            raise SlideNotFoundError(message)
-        gone = {(shard, slide_id) for shard, slide_id, _ in found}
-        catalog.write_removed(root, removed | gone)
-        catalog.forget(root, gone)
-        _drop_derived(root)
+    return commit(root, lambda: _remove(root, slide_ids, encoder))
+
+
+def _remove(root: Path, slide_ids: Sequence[str], encoder: str | None) -> int:
+    query = (
+        "SELECT shard, slide_id, count(*) FROM bags WHERE list_contains(?, slide_id) "
+        "AND (?::VARCHAR IS NULL OR encoder = ?) GROUP BY ALL ORDER BY ALL"
+    )
+    with catalog.connect(root) as connection:
+        found = connection.execute(query, [list(slide_ids), encoder, encoder]).fetchall()
+    removed = catalog.read_removed(root)
+    # One that is gone already is no mistake: a run that was cut off is run again.
+    known = {slide_id for shard, slide_id in removed if encoder is None or Path(shard).parent.name == encoder}
+    unknown = sorted(set(slide_ids) - known - {slide_id for _, slide_id, _ in found})
+    if unknown:
+        what = f" from encoder {encoder}" if encoder else ""
+        message = f"{', '.join(unknown[:5])}: not in {root}{what}; nothing was removed"
+        raise SlideNotFoundError(message)
+    gone = {(shard, slide_id) for shard, slide_id, _ in found}
+    catalog.write_removed(root, removed | gone)
+    catalog.forget(root, gone)
+    _drop_derived(root)
     return sum(count for _, _, count in found)
 
 

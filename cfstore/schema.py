@@ -33,6 +33,8 @@ FEATURES_DIR: Final = "features"
 TABLES_DIR: Final = "tables"
 DERIVED_DIR: Final = "derived"
 REMOVED_FILE: Final = "removed.parquet"
+STAGED_FILE: Final = ".staged.json"
+"""In a folder that stands for a store in a bucket while it is written to."""
 
 Columns = tuple[tuple[str, str, str], ...]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -38,6 +38,7 @@ from cfstore.shards import (
     read_record,
     sync,
 )
+from cfstore.writing import commit, upload_shard
 
 OnError = Literal["stop", "skip"]
 
@@ -183,15 +184,19 @@ def new_shard(
 
 def publish(root: Path, temporary: Path, record: ShardRecord, name: str | None = None) -> ShardRecord:
     """Rename a finished shard into place, numbered after all others, and register it. Needs the write lock."""
-    numbers = [int(Path(shard).name.partition("-")[0]) for shard in published_shards(root)]
-    number = f"{max(numbers, default=0) + 1:06d}"
-    shard = f"{FEATURES_DIR}/{record.encoder}/{number}-{name or uuid.uuid4().hex[:8]}{SUFFIXES[record.format]}"
+    shard = shard_name(published_shards(root), record, name or uuid.uuid4().hex[:8])
     temporary.rename(root / shard)
     for folder in (temporary.parent, temporary.parent.parent):
         sync(folder)
     record = replace(record, shard=shard)
     catalog.register(root, [record])
     return record
+
+
+def shard_name(others: Iterable[str], record: ShardRecord, name: str) -> str:
+    """Where a new shard called `name` lies, relative to the store: its number follows those of `others`."""
+    number = max((int(Path(shard).name.partition("-")[0]) for shard in others), default=0) + 1
+    return f"{FEATURES_DIR}/{record.encoder}/{number:06d}-{name}{SUFFIXES[record.format]}"
 
 
 def size_on_disk(path: Path) -> int:
@@ -212,8 +217,7 @@ def _published(task: ShardTask) -> ShardRecord | None:
 
 def _recover(task: ShardTask, record: ShardRecord, tell: Callable[[], None]) -> ShardDone:
     """Answer for an earlier attempt, and write what it had left out: to find out again why."""
-    with write_lock(task.root, task.patience):
-        catalog.adopt(task.root)
+    commit(task.root, lambda: catalog.adopt(task.root), task.patience)
     found = {slide.slide_id for slide in record.slides}
     for _ in found:
         tell()
@@ -244,6 +248,36 @@ def _write_slides(
     return slides, problems
 
 
+def _publish_unless_taken(
+    task: ShardTask, temporary: Path, record: ShardRecord
+) -> tuple[ShardRecord | None, ShardRecord | None, list[SlideJob]]:
+    """Publish a finished shard, unless an earlier attempt did, or some of its slides came into the store meanwhile.
+
+    Gives what was published now, what by the earlier attempt, and what is left to write.
+    """
+    root = task.root
+    uploaded = upload_shard(root, temporary, lambda others: shard_name(others, record, uuid.uuid4().hex))
+
+    def publish_unless_taken() -> tuple[ShardRecord | None, ShardRecord | None, list[SlideJob]]:
+        catalog.adopt(root)
+        if uploaded and uploaded.is_registered(root):  # the answer to the commit got lost
+            return uploaded.record, None, []
+        published = _published(task)  # by an attempt that was given up for dead, but was not
+        known = catalog.known_bags(root, record.encoder, [job.slide_id for job in task.jobs])
+        left = [job for job in task.jobs if known.isdisjoint((job.slide_id, s.scale) for s in job.sources)]
+        if published or len(left) < len(task.jobs):
+            return None, published, left
+        if uploaded:
+            uploaded.register(root)
+            return uploaded.record, None, []
+        return publish(root, temporary, record, task.name), None, []
+
+    mine, earlier, left = commit(root, publish_unless_taken, task.patience)
+    if uploaded and not mine:
+        uploaded.discard()
+    return mine, earlier, left
+
+
 def write_shard(task: ShardTask, tell: Callable[[], None]) -> ShardDone:
     """Write, publish and register one shard; `tell` is called after each slide.
 
@@ -265,15 +299,10 @@ def write_shard(task: ShardTask, tell: Callable[[], None]) -> ShardDone:
         slides, problems = _write_slides(writer, task, tell)
         if not slides:
             return replace(_NOTHING, problems=tuple(problems))
-        record = writer.finish(slides)
-        with write_lock(root, task.patience):
-            catalog.adopt(root)
-            published = _published(task)  # by an attempt that was given up for dead, but was not
-            known = catalog.known_bags(root, head.encoder, [job.slide_id for job in task.jobs])
-            left = [job for job in task.jobs if known.isdisjoint((job.slide_id, s.scale) for s in job.sources)]
-            if not published and len(left) == len(task.jobs):
-                record = publish(root, temporary, record, task.name)
-                return ShardDone((record,), size_on_disk(root / record.shard), tuple(problems))
+        record, nbytes = writer.finish(slides), size_on_disk(temporary)
+        mine, published, left = _publish_unless_taken(task, temporary, record)
+        if mine:
+            return ShardDone((mine,), nbytes, tuple(problems))
     if published:
         return _recover(task, published, lambda: None)
     # Another ingest of the same folder took some of these slides meanwhile: write only the others.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,13 +34,13 @@ from cfstore.export import ExportFormat, ExportReport, export
 from cfstore.info import StoreInfo, read_info, read_slide_rows
 from cfstore.ingest import SLIDES_PER_SHARD, IngestReport, prepare, run_ingest
 from cfstore.labels import CohortLabels
-from cfstore.locks import write_lock
-from cfstore.mirrors import open_mirror, remote_of
+from cfstore.mirrors import open_mirror, refreshed, remote_of
 from cfstore.names import tcga_patient_id
 from cfstore.plan import HeldBag, IngestPlan, Key, Progress, make_plan
 from cfstore.prototypes import PrototypeSet, fit_folds
 from cfstore.query import run_query
 from cfstore.reader import SlideReader
+from cfstore.remote.bucket import Bucket
 from cfstore.remote.disk_cache import CACHE_VARIABLE, parse_cache
 from cfstore.remote.locate import is_url
 from cfstore.removal import CompactReport, ReindexReport, compact, reindex, remove_slides
@@ -52,6 +52,10 @@ from cfstore.shards import Format
 from cfstore.splits import SplitSet, make_folds, read_splits
 from cfstore.types import SCALES, Affine, SlideBags
 from cfstore.verify import VerifyReport, verify
+from cfstore.writing import commit, create_in, is_staged, session
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,22 @@ class IngestOptions:
         return get_codec(self.codec or DEFAULT_CODEC[self.dtype], ARRAY_DTYPE[self.dtype]).name
 
 
+def _writes(method: Callable[Concatenate[Store, P], R]) -> Callable[Concatenate[Store, P], R]:
+    """Run a method that writes on the folder that stands for the store, where that lies in a bucket."""
+
+    @wraps(method)
+    def write(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self._check_own()
+        if self.url is None or is_staged(self.path):
+            return method(self, *args, **kwargs)
+        with session(Bucket(self.url)) as root:
+            result = method(Store(root), *args, **kwargs)
+        self.path = refreshed(self.path)
+        return result
+
+    return write
+
+
 class Store:
     """A feature store. Use `cfstore.open(path)`."""
 
@@ -112,15 +132,15 @@ class Store:
         """What `cfstore.open` finds it by: its address, or its folder, absolute."""
         return self.url or str(self.path.resolve())
 
-    def _check_writable(self) -> None:
-        self._check_own()
-        if self.url:
-            message = f"{self.url}: a store on object storage is only read; do this with a store in a folder"
-            raise StoreError(message)
-
     def _check_own(self) -> None:
         if self._of_tars:
             message = "tars opened by themselves are only read; `cfstore ingest` makes a store, which can do this"
+            raise StoreError(message)
+
+    def _check_in_folder(self, what: str) -> None:
+        self._check_own()
+        if self.url:
+            message = f"{self.url}: `cfstore {what}` needs the store in a folder; copy it down for that"
             raise StoreError(message)
 
     # -- reading ---------------------------------------------------------------------------------
@@ -275,6 +295,7 @@ class Store:
         """What `ingest` of `folder` would do; writes nothing."""
         return plan_ingest(Path(folder), options or IngestOptions(), self, progress)
 
+    @_writes
     def ingest(
         self,
         folder: Path | str,
@@ -311,7 +332,6 @@ class Store:
         EngineError
             Ray cannot be had, or a node of it is not fit for the work; what was finished stays.
         """
-        self._check_writable()
         options = options or IngestOptions()
         codec = options.chosen_codec()
         prepare(self.path)
@@ -332,26 +352,33 @@ class Store:
             address=address,
             progress=progress,
         )
-        with write_lock(self.path):
-            left_out = [
-                {
-                    "slide_id": problem.slide_id,
-                    "encoder": problem.encoder,
-                    "source": str(Path(problem.source).resolve()),
-                    "error": type(problem.error).__name__,
-                    "message": str(problem.error),
-                }
-                for problem in report.problems
-            ]
-            tables.write_skipped(self.path, Path(folder).resolve(), left_out)
-            if plan.clinical:
-                tables.write_clinical(self.path, plan.clinical, fallback)
-            catalog.reload_tables(self.path)
+        self._keep_tables(Path(folder).resolve(), plan, report, fallback)
         if plan.splits:
             cohorts = [options.cohort] if options.cohort else cohorts or self._cohorts_of(plan.slide_ids)
             self.import_splits(plan.splits, cohorts[0] if len(cohorts) == 1 else None)
         return report
 
+    def _keep_tables(self, folder: Path, plan: IngestPlan, report: IngestReport, fallback_cohort: str) -> None:
+        left_out = [
+            {
+                "slide_id": problem.slide_id,
+                "encoder": problem.encoder,
+                "source": str(Path(problem.source).resolve()),
+                "error": type(problem.error).__name__,
+                "message": str(problem.error),
+            }
+            for problem in report.problems
+        ]
+
+        def keep() -> None:
+            tables.write_skipped(self.path, folder, left_out)
+            if plan.clinical:
+                tables.write_clinical(self.path, plan.clinical, fallback_cohort)
+            catalog.reload_tables(self.path)
+
+        commit(self.path, keep)
+
+    @_writes
     def import_clinical(self, file: Path | str, cohort: str | None = None) -> ClinicalTable:
         """Import a clinical table; patients of the same cohort imported before are replaced.
 
@@ -360,16 +387,19 @@ class Store:
         ClinicalError
             The table cannot be understood, or neither it nor `cohort` names the cohort.
         """
-        self._check_writable()
         table = read_clinical(Path(file), cohort)
         if None in table.patients["cohort"].to_pylist():
             message = f"{file}: the table does not name its cohort; name it with --cohort"
             raise ClinicalError(message)
-        with write_lock(self.path):
+
+        def keep() -> None:
             tables.write_clinical(self.path, table, "")
             catalog.reload_tables(self.path)
+
+        commit(self.path, keep)
         return table
 
+    @_writes
     def import_splits(self, folder: Path | str, cohort: str | None = None, name: str | None = None) -> SplitSet:
         """Import `splits_<k>.csv` files as one split set (named after the folder by default).
 
@@ -378,7 +408,6 @@ class Store:
         SplitsError, LeakageError
             The files cannot be used.
         """
-        self._check_writable()
         folder = Path(folder)
         cohort = self._only_cohort(cohort, SplitsError)
         with catalog.connect(self.path) as connection:
@@ -396,11 +425,11 @@ class Store:
         splits = SplitSet(name or folder.resolve().name, read_splits(folder, patient_of))
         return self._keep_splits(cohort, splits, str(folder.resolve()))
 
+    @_writes
     def make_splits(
         self, n_folds: int = 5, cohort: str | None = None, *, seed: int = 0, name: str | None = None
     ) -> SplitSet:
         """Make folds of the cohort's labelled patients, stratified by event, and keep them."""
-        self._check_writable()
         cohort = self._only_cohort(cohort, SplitsError)
         query = (
             "SELECT DISTINCT patient_id, event FROM patients JOIN slides USING (cohort, patient_id) "
@@ -413,13 +442,16 @@ class Store:
         return self._keep_splits(cohort, splits, f"made by cfstore, {n_folds} folds, seed {seed}, stratified by event")
 
     def _keep_splits(self, cohort: str, splits: SplitSet, source: str) -> SplitSet:
-        with write_lock(self.path):
+        def keep() -> None:
             tables.write_splits(self.path, cohort, splits, source)
             catalog.reload_tables(self.path)
+
+        commit(self.path, keep)
         return splits
 
     # -- deriving --------------------------------------------------------------------------------
 
+    @_writes
     def derive(
         self,
         derivations: Iterable[Derivation] | None = None,
@@ -457,7 +489,6 @@ class Store:
         EngineError
             Ray cannot be had, or a node of it is not fit for the work; what was computed so far stays.
         """
-        self._check_writable()
         encoder, chosen = choose_slides(self.path, encoder, cohort, slide_ids)
         wanted = default_derivations(self.path, encoder, chosen) if derivations is None else derivations
         return run_derive(
@@ -534,7 +565,7 @@ class Store:
         StoreFormatError
             There is no catalog to compare with, or a file of `tables/` is damaged.
         """
-        self._check_writable()
+        self._check_in_folder("verify")
         return verify(self.path, deep=deep, threads=threads, progress=progress)
 
     def reindex(self) -> ReindexReport:
@@ -545,9 +576,10 @@ class Store:
         StoreFormatError
             A shard or table is damaged; it is named, and the catalog stays as it was.
         """
-        self._check_writable()
+        self._check_in_folder("reindex")
         return reindex(self.path)
 
+    @_writes
     def remove(self, slide_ids: Sequence[str], encoder: str | None = None) -> int:
         """Take slides out of the store, of all encoders or of one; returns how many bags went.
 
@@ -558,7 +590,6 @@ class Store:
         SlideNotFoundError
             One of them is not in the store; nothing was removed then.
         """
-        self._check_writable()
         return remove_slides(self.path, slide_ids, encoder)
 
     def compact(self, progress: Callable[[int, int], None] | None = None) -> CompactReport:
@@ -571,7 +602,7 @@ class Store:
         StoreWriteError
             The store cannot be written; what was compacted so far stays.
         """
-        self._check_writable()
+        self._check_in_folder("compact")
         return compact(self.path, progress)
 
     def _cohorts_of(self, slide_ids: Collection[str]) -> list[str]:
@@ -665,6 +696,13 @@ def _is_blank(root: Path) -> bool:
     )
 
 
+def has_store(path: Path | str) -> bool:
+    """Whether there is a store, whatever its state; RemoteError where a bucket cannot be asked."""
+    if is_url(path):
+        return Bucket(str(path)).head(STORE_FILE) is not None
+    return (Path(path) / STORE_FILE).exists()
+
+
 def open_store(path: Path | str, *, create: bool = False, cache: str | None = None) -> Store:
     """Open the store at `path`.
 
@@ -694,11 +732,10 @@ def open_store(path: Path | str, *, create: bool = False, cache: str | None = No
     setting = parse_cache(said) if said else None
     if is_url(path):
         if create:
-            message = f"{path}: a store on object storage is only read; name a folder with --store"
-            raise StoreError(message)
+            create_in(Bucket(str(path)))
         return Store(open_mirror(str(path), setting))
     root = Path(path)
-    if create and not (root / STORE_FILE).exists():
+    if create and not has_store(root):
         if root.exists() and (not root.is_dir() or not _is_blank(root)):
             message = f"{root}: holds files but no store; name an empty or new folder with --store"
             raise StoreNotFoundError(message)

@@ -83,7 +83,7 @@ def ingest(
         cfstore ingest /shared/bags --store /shared/store --engine ray --address 10.0.0.5:6379
     """
     from cfstore.describe import describe_plan, describe_report, plan_json, report_json
-    from cfstore.store import IngestOptions, open_store, plan_ingest
+    from cfstore.store import IngestOptions, has_store, open_store, plan_ingest
 
     options = IngestOptions(
         cohort=cohort,
@@ -96,14 +96,11 @@ def ingest(
         format=form,
     )
     options.chosen_codec()
-    if isinstance(store, str):
-        store = open_store(store, create=True).path
-    exists = (store / "store.json").exists()
-    opened = open_store(store, create=True) if exists or not dry_run else None
+    opened = open_store(store, create=True) if not dry_run or has_store(store) else None
     with progress("looking at files", "files") as step:
         plan = plan_ingest(h5dir, options, opened, step)
     say = printer(as_json)
-    for line in describe_plan(plan, store):
+    for line in describe_plan(plan, store if isinstance(store, Path) else None):
         say(line)
     if dry_run or opened is None:
         for problem in plan.problems:

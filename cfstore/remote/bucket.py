@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -45,10 +45,11 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Head:
-    """Size of an object, and what the server calls its content (None where it gives it no name)."""
+    """Size of an object, what the server calls its content (None where it gives it no name), and when it was put."""
 
     size: int
     etag: str | None
+    modified: datetime | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Bucket:
 
         def request(_: int) -> Head:
             meta = _obstore().head(self._client(), key)
-            return Head(meta["size"], meta["e_tag"])
+            return Head(meta["size"], meta["e_tag"], meta["last_modified"])
 
         try:
             return self._run("look at", key, request)
@@ -204,13 +205,22 @@ class Bucket:
         RemoteError
             A plain web server, which cannot list; or the request failed, finally.
         """
+        return ((key, size) for key, size, _ in self._listed(prefix))
+
+    def list_times(self, prefix: str = "") -> Iterator[tuple[str, datetime]]:
+        """Key of every object below a folder, and when it was put, sorted by key. Raises as `list`."""
+        return ((key, modified) for key, _, modified in self._listed(prefix))
+
+    def _listed(self, prefix: str) -> tuple[tuple[str, int, datetime], ...]:
         self._check_cloud("list")
 
-        def request(_: int) -> list[tuple[str, int]]:
+        def request(_: int) -> tuple[tuple[str, int, datetime], ...]:
             chunks = _obstore().list(self._client(), prefix or None)
-            return sorted((meta["path"], meta["size"]) for chunk in chunks for meta in chunk)
+            return tuple(
+                sorted((meta["path"], meta["size"], meta["last_modified"]) for chunk in chunks for meta in chunk)
+            )
 
-        return iter(self._run("list", prefix, request))
+        return self._run("list", prefix, request)
 
     # -- writing ---------------------------------------------------------------------------------
 

@@ -35,12 +35,17 @@ class Fault:
 
 
 class FaultyProxy:
-    """Forwards to `upstream`, "host:port"; `faults` may be changed at any time; `log` has "METHOD path range"."""
+    """Forwards to `upstream`, "host:port"; `faults` may be changed at any time; `log` has "METHOD path range".
+
+    Headers named in `dropped` do not reach the server. `asked` is called when the server has answered, before the
+    client hears of it.
+    """
 
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream
         self.faults: list[Fault] = []
         self.log: list[str] = []
+        self.dropped: set[str] = set()
         self.most_at_once = 0
         self._now = 0
         self._lock = threading.Lock()
@@ -80,6 +85,9 @@ class FaultyProxy:
             self.log.append(line)
             self._now += 1
             self.most_at_once = max(self.most_at_once, self._now)
+
+    def asked(self, line: str) -> None:
+        """The server has done what `line`, "METHOD path", asks for."""
 
     def leave(self) -> None:
         with self._lock:
@@ -122,6 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and kind in ("status", "gone"):
             return self._send(404 if kind == "gone" else fault.status, {}, b"<Error>injected</Error>")
         status, headers, answer = self._ask(body)
+        self.proxy.asked(f"{self.command} {self.path}")
         if kind == "lost":
             return self._reset()
         if kind == "short":
@@ -132,7 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.proxy.upstream, timeout=30)
         try:
-            connection.request(self.command, self.path, body or None, dict(self.headers))
+            sent = {name: value for name, value in self.headers.items() if name not in self.proxy.dropped}
+            connection.request(self.command, self.path, body or None, sent)
             response = connection.getresponse()
             answer = response.read()
             headers = dict(response.getheaders())
