@@ -30,7 +30,7 @@ Tell = Callable[[], None]
 SLIDES = tuple(f"s{i:02d}" for i in range(12))
 COUNTS = ("n_slides", "n_bags", "n_without_coords", "n_present", "problems", "source_bytes")
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray ingest")]  # one cluster serves all
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]  # one cluster at a time, for all
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,7 @@ from cftrain import ray_jobs
 from cftrain.cli import main
 from cftrain.sweep.plan import Resources
 
-# seconds: these nodes compute, on a machine that others use; the name is Ray's
-os.environ["RAY_health_check_failure_threshold"] = "10"  # noqa: SIM112
-on_ray = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray sweep")]  # one cluster serves all
+on_ray = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]  # one cluster at a time, for all
 
 
 def test_what_ray_keeps_for_a_job_is_what_the_plan_says():

@@ -14,7 +14,7 @@ from ray_nodes import two_nodes
 from cfstore import EngineError
 from cftrain.ray_ranks import Asked, Heard, train_on_ray
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]  # one cluster at a time, for all
 
 STEPS = ("--set", "train.epochs=6", "--set", "train.accumulate=32")
 """An epoch is one step: so the loss of every step is in metrics.jsonl."""
