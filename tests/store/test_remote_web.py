@@ -39,7 +39,7 @@ def test_it_is_read_as_from_a_folder(local, tmp_path):
                 np.testing.assert_array_equal(there.bags[scale].features, bag.features)
                 np.testing.assert_array_equal(there.bags[scale].coords, bag.coords)
         assert remote.info().path == f"{server.url}/a store"
-        with pytest.raises(StoreError, match="only read"):
+        with pytest.raises(StoreError, match="needs the store in a folder"):
             remote.compact()
 
 
