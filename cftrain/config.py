@@ -216,10 +216,10 @@ def load_config(
     content.pop("preset", None)
     values: dict[str, Any] = {}
     if named and named != RECOMMENDED:
-        values |= _flatten(_read_preset(str(named)), f"preset {named}")
-    values |= _flatten(content, str(file))
-    values |= {key: value for key, value in (flags or {}).items() if value is not None}
-    values |= dict(_parse_setting(text) for text in settings)
+        values = _flatten(_read_preset(str(named)), f"preset {named}")
+    values = _over(values, _flatten(content, str(file)))
+    values = _over(values, {key: value for key, value in (flags or {}).items() if value is not None})
+    values = _over(values, dict(_parse_setting(text) for text in settings))
     return _build(str(named or RECOMMENDED), values)
 
 
@@ -274,6 +274,17 @@ def _flatten(content: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise ConfigError(message)
         flat |= {f"{section}.{key}": value for key, value in values.items()}
     return flat
+
+
+def _over(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, the later one winning: its `model.x` also over an earlier `abmil.x`."""
+    set_again = {name for section, _, name in (key.partition(".") for key in later) if section == "model"}
+
+    def holds(key: str) -> bool:
+        section, _, name = key.partition(".")
+        return section not in MODELS or name not in set_again
+
+    return {**{key: value for key, value in earlier.items() if holds(key)}, **later}
 
 
 def _parse_setting(text: str) -> tuple[str, Any]:

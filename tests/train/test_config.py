@@ -31,6 +31,15 @@ def test_later_sources_win_preset_then_file_then_flags_then_set(tmp_path):
     assert (config.train.epochs, config.train.seed, config.train.patience) == (3, 2, 20)
 
 
+def test_options_that_a_preset_has_for_its_model_are_no_other_models_and_give_way_to_later_sources(tmp_path):
+    assert load_config(preset="demo").model.options["embed_dim"] == 64
+    assert load_config(preset="demo", flags={"model.name": "mean-cox"}).model.options == {}
+    assert load_config(preset="demo", settings=["model.embed_dim=32"]).model.options["embed_dim"] == 32
+    file = tmp_path / "own.toml"
+    file.write_text("[model]\nembed_dim = 16\n[crossfusion]\nembed_dim = 48\n")
+    assert load_config(preset="demo", file=file).model.options["embed_dim"] == 48
+
+
 @pytest.mark.parametrize("preset", [None, *presets()])
 def test_the_resolved_toml_gives_the_same_configuration_back(preset, tmp_path):
     config = load_config(preset=preset, flags={"data.cohort": "A", "model.name": None}, settings=["train.epochs=9"])
