@@ -7,7 +7,6 @@ workers from workers that do nothing; of training runs, from one run alone.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -222,7 +221,3 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(each) for each in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-if __name__ == "__main__":
-    print(json.dumps(rounded({"cores": {n: n * busy_seconds(1) / busy_seconds(n) for n in (2, 4)}})))
