@@ -105,7 +105,6 @@ def _writes(method: Callable[Concatenate[Store, P], R]) -> Callable[Concatenate[
 
     @wraps(method)
     def write(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        self._check_own()
         if self.url is None or is_staged(self.path):
             return method(self, *args, **kwargs)
         with session(Bucket(self.url)) as root:
@@ -332,6 +331,7 @@ class Store:
         EngineError
             Ray cannot be had, or a node of it is not fit for the work; what was finished stays.
         """
+        self._check_own()
         options = options or IngestOptions()
         codec = options.chosen_codec()
         prepare(self.path)
@@ -489,6 +489,7 @@ class Store:
         EngineError
             Ray cannot be had, or a node of it is not fit for the work; what was computed so far stays.
         """
+        self._check_own()
         encoder, chosen = choose_slides(self.path, encoder, cohort, slide_ids)
         wanted = default_derivations(self.path, encoder, chosen) if derivations is None else derivations
         return run_derive(
@@ -590,6 +591,7 @@ class Store:
         SlideNotFoundError
             One of them is not in the store; nothing was removed then.
         """
+        self._check_own()
         return remove_slides(self.path, slide_ids, encoder)
 
     def compact(self, progress: Callable[[int, int], None] | None = None) -> CompactReport:
