@@ -26,6 +26,8 @@ _MOST = 8_000
 def serve(report: int, arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # Ray's processes, and so their children, block SIGINT
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell starts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_agent, daemon=True).start()
     sys.argv = ["cftrain", *arguments]  # what provenance.json shall say
     try:

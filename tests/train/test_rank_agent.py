@@ -25,7 +25,9 @@ RANK = {"RANK": "0", "WORLD_SIZE": "1"}
 def end_of(agent):
     """All that it said, and how it ended."""
     out, err = b"", b""
+    deadline = time.monotonic() + 120
     while True:
+        assert time.monotonic() < deadline, f"it goes on; so far it said {out!r}, {err!r}"
         news = agent.news(60)
         out, err = out + news.out, err + news.err
         if news.ended:
@@ -120,6 +122,23 @@ def test_a_process_that_is_killed_and_one_that_is_asked_to_stop_are_told_apart(t
         agent.signal(number)
         *_, ended = end_of(agent)
         assert (ended.how, ended.code, ended.why) == ("stopped", code, "")
+
+
+def test_a_process_started_in_the_background_of_a_shell_can_be_asked_to_stop(tmp_path):
+    """What a script starts with & ignores SIGINT, and so do its children."""
+    os.mkfifo(tmp_path / "settings.toml")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        agent = started(tmp_path, "run", "--cohort", "C", "--config", "settings.toml")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for line in iter(lambda: Path(f"/proc/{agent._process.pid}/status").read_text(), None):
+        if int(line.partition("SigIgn:")[2].split()[0], 16) & 1 << signal.SIGINT - 1 == 0:
+            break
+        time.sleep(0.02)
+    agent.signal(signal.SIGINT)
+    *_, ended = end_of(agent)
+    assert (ended.how, ended.code, ended.why) == ("stopped", 130, "")
 
 
 def ended(how, when, code=1, why="why"):
