@@ -287,7 +287,11 @@ def test_ctrl_c_ends_the_tasks_and_leaves_the_store_clean(
 ) -> None:
     store = stores["ray"]
     cluster.second()
-    command = ["-c", "from cfstore.cli import main; main()", "ingest", str(slow_cohort), "--store", str(store.path)]
+    # what a script starts with & ignores Ctrl-C, and so would the command if these tests were started like that
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom cfstore.cli import main; main()"
+    )
+    command = ["-c", code, "ingest", str(slow_cohort), "--store", str(store.path)]
     command += ["--engine", "ray", "--address", cluster.address, "--jobs", "12"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
     process = subprocess.Popen([sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True)
