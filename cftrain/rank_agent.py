@@ -119,16 +119,21 @@ class RankAgent:
         gloo = {"GLOO_SOCKET_IFNAME": interface} if interface else {}
         path = os.pathsep.join(entry for entry in sys.path if entry)  # the code that was checked, and no other
         report, write = os.pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "cftrain.cli.rank", str(write), *arguments],
-            cwd=folder,
-            env={**gloo, **os.environ, **environment, "PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=(write,),
-            start_new_session=True,  # Ctrl-C in a terminal would reach it twice, and the second kills
-        )
+        # Kept for it until it listens; where SIGINT is ignored, as below a shell's `&`, it would be lost.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "cftrain.cli.rank", str(write), *arguments],
+                cwd=folder,
+                env={**gloo, **os.environ, **environment, "PYTHONPATH": path},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=(write,),
+                start_new_session=True,  # Ctrl-C in a terminal would reach it twice, and the second kills
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(write)
         streams = {"out": self._process.stdout, "err": self._process.stderr}
         readers = [

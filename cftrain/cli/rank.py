@@ -25,14 +25,15 @@ _MOST = 8_000
 
 def serve(report: int, arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # Ray's processes, and so their children, block SIGINT
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell starts in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_agent, daemon=True).start()
     sys.argv = ["cftrain", *arguments]  # what provenance.json shall say
     try:
+        # The agent has it start with SIGINT blocked, and Ray's own processes block it: what came meanwhile comes now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         code = main(arguments, prog_name="cftrain", standalone_mode=False)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         return 130
     except click.ClickException as error:
         _tell(report, how="said", why=error.format_message(), trace="")
