@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
+from cfstore.attempts import anywhere
 from cfstore.catalog import connect
 from cfstore.derivation import Derivation
 from cfstore.derive_job import DeriveTask, write_derived
@@ -21,6 +22,7 @@ from cfstore.errors import SlideNotFoundError
 from cfstore.ingest import prepare
 from cfstore.render import some
 from cfstore.selection import shard_order
+from cfstore.writing import place_of, refresh
 
 SLIDES_PER_FILE: Final = 64
 _MAX_PROCESSES: Final = 16
@@ -195,7 +197,7 @@ def run_derive(
     with open_engine(
         engine,
         address,
-        root=root,
+        store=place_of(root),
         memory=SIMILAR_MEMORY if similar else TASK_MEMORY,
         need="cfstore derive --engine ray",
     ) as run:
@@ -206,13 +208,15 @@ def run_derive(
             DeriveTask(root, encoder, {slide_id: tuple(todo[slide_id]) for slide_id in part}, patience=run.patience)
             for part in _parts(order, work, n_jobs)
         ]
-        for result in run(write_derived, tasks, n_jobs, step):
+        job = write_derived if engine == "local" else anywhere(write_derived, root)
+        for result in run(job, tasks, n_jobs, step):
             done.update({derivation.name: count for derivation, count in result.done.items() if count})
             n_recovered += result.n_recovered
             for reason, slide_id in result.excluded:
                 excluded[reason].add(slide_id)
         if run.n_restarted:
             prepare(root)  # sweeps away what the dead were writing
+    refresh(root)
     with connect(root) as connection:
         unread = unread_files(connection, root)
     there = {derivation.name: len(own) for derivation, own in held.items() if own}

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from cfstore import catalog
 from cfstore.alignment import align, patch_edge
+from cfstore.attempts import registered_sources
 from cfstore.derivation import Derivation
 from cfstore.derived_files import (
     CHANGED,
     SUFFIX,
-    DerivedEntry,
     DerivedFile,
     DerivedWriter,
     folder_of,
@@ -38,7 +38,7 @@ from cfstore.neighbours import nearest_patches, similar_patches
 from cfstore.reader import SlideReader
 from cfstore.shards import TEMPORARY_PREFIX, sync
 from cfstore.types import Bag
-from cfstore.writing import commit
+from cfstore.writing import commit, is_staged
 
 BLOCK_BYTES: Final = 16 << 20
 """Of stored features that are read at once for a mean."""
@@ -250,16 +250,17 @@ def write_derived(task: DeriveTask, tell: Callable[[], None]) -> DeriveDone:
         The store cannot be written.
     """
     derivations = sorted({derivation for wanted in task.slides.values() for derivation in wanted})
-    published = {each: entries for each in derivations if (entries := _published(task, each)) is not None}
+    published = {each: found for each in derivations if (found := _published(task, each)) is not None}
     if published:
         return _recover(task, published, tell)
     before = {derivation: sources_of(task.root, task.encoder, derivation, task.slides) for derivation in derivations}
     arrays = SlideArrays.of(task.root, task.encoder, task.slides)
     excluded: list[tuple[str, str]] = []
+    own = uuid.uuid4().hex[:16] if is_staged(task.root) else ""  # objects have names that are used once
     with ExitStack() as stack:
         files: dict[Derivation, tuple[DerivedWriter, Path]] = {}
         for derivation in derivations:
-            path = _path(task, derivation)
+            path = _path(task, derivation, own)
             writer = DerivedWriter(
                 stack.enter_context(new_file(path, task.root, task.patience)), task.encoder, derivation
             )
@@ -283,28 +284,28 @@ def write_derived(task: DeriveTask, tell: Callable[[], None]) -> DeriveDone:
     return DeriveDone(done, tuple(excluded))
 
 
-def _path(task: DeriveTask, derivation: Derivation) -> Path:
-    return folder_of(task.root, task.encoder, derivation.name) / f"{task.name}{SUFFIX}"
+def _path(task: DeriveTask, derivation: Derivation, own: str = "") -> Path:
+    return folder_of(task.root, task.encoder, derivation.name) / f"{task.name}{own}{SUFFIX}"
 
 
-def _published(task: DeriveTask, derivation: Derivation) -> tuple[DerivedEntry, ...] | None:
-    """What an earlier attempt at this very task has published of a derivation."""
+def _published(task: DeriveTask, derivation: Derivation) -> Mapping[str, str] | None:
+    """What an earlier attempt at this very task has published of a derivation: by slide, its source."""
+    if is_staged(task.root):
+        return registered_sources(task.root, task.encoder, derivation, task.name)
     path = _path(task, derivation)
     if not path.exists():
         return None
     held = read_file(task.root, path.relative_to(task.root).as_posix())
-    return held.entries if isinstance(held, DerivedFile) else None
+    return {entry.slide_id: entry.source for entry in held.entries} if isinstance(held, DerivedFile) else None
 
 
 def _recover(
-    task: DeriveTask, published: Mapping[Derivation, tuple[DerivedEntry, ...]], tell: Callable[[], None]
+    task: DeriveTask, published: Mapping[Derivation, Mapping[str, str]], tell: Callable[[], None]
 ) -> DeriveDone:
     """Answer for an earlier attempt, and compute what it had left out: to find out again why."""
-    with write_lock(task.root, task.patience):
-        catalog.reconcile(task.root)
-    held = {derivation: {entry.slide_id for entry in entries} for derivation, entries in published.items()}
+    commit(task.root, lambda: catalog.reconcile(task.root), task.patience)
     wanted = {
-        slide_id: tuple(each for each in own if slide_id not in held.get(each, ()))
+        slide_id: tuple(each for each in own if slide_id not in published.get(each, ()))
         for slide_id, own in task.slides.items()
     }
     left = {slide_id: own for slide_id, own in wanted.items() if own}
@@ -313,13 +314,22 @@ def _recover(
     name = f"{(int(task.name, 16) + 1) % (1 << 64):016x}"
     rest = write_derived(replace(task, slides=left, name=name), tell) if left else DeriveDone({}, ())
     done = Counter(rest.done)
-    for derivation, entries in published.items():
-        done[derivation] += sum(entry.source != CHANGED for entry in entries)
+    for derivation, sources in published.items():
+        done[derivation] += sum(source != CHANGED for source in sources.values())
     changed = [
-        (_CHANGED_REASON, entry.slide_id) for own in published.values() for entry in own if entry.source == CHANGED
+        (_CHANGED_REASON, slide_id)
+        for sources in published.values()
+        for slide_id, source in sources.items()
+        if source == CHANGED
     ]
-    n_recovered = sum(len(entries) for entries in published.values()) - len(changed)
+    n_recovered = sum(len(sources) for sources in published.values()) - len(changed)
     return DeriveDone(done, (*rest.excluded, *changed), n_recovered + rest.n_recovered)
+
+
+def _is_taken(task: DeriveTask, writer: DerivedWriter, path: Path) -> bool:
+    """Whether another attempt has published the file: under this name, or in a bucket under one of its own."""
+    others = set(path.parent.glob(f"{task.name}*{SUFFIX}")) - {path}
+    return bool(others) or (path.exists() and writer.path.exists())
 
 
 def _publish(task: DeriveTask, files: list[tuple[DerivedWriter, Path]]) -> dict[Derivation, list[str]] | None:
@@ -330,7 +340,9 @@ def _publish(task: DeriveTask, files: list[tuple[DerivedWriter, Path]]) -> dict[
         return changed
 
     def finish() -> bool:
-        if any(path.exists() and writer.path.exists() for writer, path in filled):
+        if any(_is_taken(task, writer, path) for writer, path in filled):
+            for _, path in (each for each in filled if not each[0].path.exists()):
+                path.unlink(missing_ok=True)  # in place when the commit lost its race; nothing names it
             return False
         for writer, path in filled:
             if writer.path.exists():  # not when this is done again

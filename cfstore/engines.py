@@ -54,7 +54,7 @@ class LocalEngine:
 
 @contextmanager
 def open_engine(
-    name: str, address: str | None, *, root: Path, files: Sequence[Path] = (), memory: int, need: str
+    name: str, address: str | None, *, store: Path | str, files: Sequence[Path] = (), memory: int, need: str
 ) -> Iterator[Engine]:
     """The engine of that name; see `ray_engine` for what the arguments mean to Ray.
 
@@ -70,5 +70,5 @@ def open_engine(
             raise EngineError(f"{need}: --address is of --engine ray; name that too")
         yield LocalEngine()
         return
-    with ray_engine(root, address, files=files, memory=memory, need=need) as engine:
+    with ray_engine(store, address, files=files, memory=memory, need=need) as engine:
         yield engine

@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 
 from cfstore import catalog
+from cfstore.attempts import anywhere
 from cfstore.convert import ARRAY_DTYPE
 from cfstore.engines import EngineName, open_engine
 from cfstore.halves import WORTH_TORCH
@@ -20,7 +21,7 @@ from cfstore.plan import IngestPlan, Problem, SlideJob, raise_problems
 from cfstore.schema import DERIVED_DIR, FEATURES_DIR
 from cfstore.shard_job import OnError, ShardDone, ShardTask, write_shard
 from cfstore.shards import TEMPORARY_PREFIX, Format, ShardRecord
-from cfstore.writing import commit, sweep_left_behind
+from cfstore.writing import commit, place_of, refresh, sweep_left_behind
 
 SLIDES_PER_SHARD: Final = 64
 BYTES_PER_SHARD: Final = 2 << 30
@@ -149,14 +150,16 @@ def run_ingest(
     need = "cfstore ingest --engine ray"
     if not plan.jobs:
         engine, address = "local", None
-    with open_engine(engine, address, root=root, files=files, memory=TASK_MEMORY, need=need) as run:
+    with open_engine(engine, address, store=place_of(root), files=files, memory=TASK_MEMORY, need=need) as run:
         jobs = choose_jobs(plan, jobs, run.n_slots)
         tasks = _tasks(
             root, plan, ShardRecord("", form, "", 0, plan.dtype, codec, ""), cohort, on_error, jobs, run.patience
         )
-        shards = list(run(write_shard, tasks, jobs, step))
+        work = write_shard if engine == "local" else anywhere(write_shard, root)
+        shards = list(run(work, tasks, jobs, step))
         if run.n_restarted:
             prepare(root)  # sweeps away what the dead were writing
+    refresh(root)
     report = _report(plan, shards, min(jobs, max(1, len(tasks))), time.monotonic() - started)
     return replace(report, n_restarted=run.n_restarted)
 
@@ -186,19 +189,18 @@ def _tasks(
 
 
 def _report(plan: IngestPlan, shards: Sequence[ShardDone], n_processes: int, seconds: float) -> IngestReport:
-    records = [record for shard in shards for record in shard.records]
-    bags = [bag for record in records for slide in record.slides for bag in slide.bags]
-    problems = (*plan.problems, *(problem for shard in shards for problem in shard.problems))
+    written = [each for done in shards for each in done.shards]
+    problems = (*plan.problems, *(problem for done in shards for problem in done.problems))
     return IngestReport(
-        n_slides=sum(len(record.slides) for record in records),
-        n_bags=len(bags),
-        n_without_coords=sum(not bag.has_coords for bag in bags),
+        n_slides=sum(len(each.slide_ids) for each in written),
+        n_bags=sum(each.n_bags for each in written),
+        n_without_coords=sum(each.n_without_coords for each in written),
         n_present=plan.n_present,
-        n_shards=len(records),
+        n_shards=len(written),
         n_processes=n_processes,
         problems=problems,
-        source_bytes=sum(bag.source_bytes for bag in bags),
-        stored_bytes=sum(shard.stored_bytes for shard in shards),
+        source_bytes=sum(each.source_bytes for each in written),
+        stored_bytes=sum(done.stored_bytes for done in shards),
         seconds=seconds,
-        n_recovered=sum(shard.n_recovered for shard in shards),
+        n_recovered=sum(done.n_recovered for done in shards),
     )

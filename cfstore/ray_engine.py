@@ -2,7 +2,7 @@
 
 A task is given out again only after its process is gone, or is given up for dead; so what it runs has to know its own
 earlier work (`shard_job`, `derive_job`), and nothing is written twice. What a task raises itself is raised here, as it
-is. Results are records of what lies on shared storage, never arrays.
+is. Results are records of what was published, never arrays.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from cfstore.errors import EngineError, StoreError
 from cfstore.locks import PROBE_PREFIX, disk_errors, hold
 from cfstore.processes import StoppedError, Tell
 from cfstore.ray_connection import check_code, code_version, node_name, ray_cluster
-from cfstore.schema import read_header
+from cfstore.remote.bucket import Bucket
+from cfstore.schema import STORE_FILE, parse_header, read_header
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -36,9 +37,13 @@ _GIB: Final = 1 << 30
 
 @dataclass(frozen=True)
 class View:
-    """What every node has to see just as this machine does: the store, and (path, size, mtime_ns) of some files."""
+    """What every node has to see just as this machine does: the store, and (path, size, mtime_ns) of some files.
 
-    root: Path
+    `store` is its folder, or the address of its bucket. `probe` tells it from a copy: in a folder the name of a file
+    that was made a moment ago; in a bucket, when store.json was put there.
+    """
+
+    store: Path | str
     uuid: str
     probe: str
     files: tuple[tuple[str, int, int], ...]
@@ -53,17 +58,27 @@ def _stat(path: str) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _shown(root: Path, files: Sequence[Path]) -> Iterator[View]:
-    """A file in the store that nobody can have seen before: a copy of the store will not do."""
-    probe = root / f"{PROBE_PREFIX}{uuid4().hex}"
-    seen = [(str(path), stat) for path in files if (stat := _stat(str(path)))]
-    with disk_errors(root):
+def _shown(store: Path | str, files: Sequence[Path]) -> Iterator[View]:
+    """A file in a folder that nobody can have seen before: a copy of the store will not do."""
+    seen = tuple((str(path), *stat) for path in files if (stat := _stat(str(path))))
+    if isinstance(store, str):
+        yield View(store, *_header_in(store), seen)
+        return
+    probe = store / f"{PROBE_PREFIX}{uuid4().hex}"
+    with disk_errors(store):
         try:
             probe.touch()
             with hold(probe):
-                yield View(root, read_header(root).uuid, probe.name, tuple((path, *stat) for path, stat in seen))
+                yield View(store, read_header(store).uuid, probe.name, seen)
         finally:
             probe.unlink(missing_ok=True)
+
+
+def _header_in(url: str) -> tuple[str, str]:
+    """The uuid of the store in a bucket, and when its header was put; raises StoreError."""
+    bucket = Bucket(url)
+    uuid, head = parse_header(bucket.get(STORE_FILE), url).uuid, bucket.head(STORE_FILE)
+    return uuid, str(head and head.modified)
 
 
 @cache
@@ -73,24 +88,37 @@ def check_view(view: View) -> None:
     Raises
     ------
     EngineError
-        This node has another store at that path or none, or other files; the message names the node and the path.
+        This node has another store at that place or none, or other files; the message names the node and the place.
     """
-    node, remedy = node_name(), "it must be on storage that all nodes share, under the same path on each"
+    node, store = node_name(), view.store
+    remedy = _REACHED if isinstance(store, str) else f"it {_SHARED}"
     try:
-        found = read_header(view.root).uuid
+        uuid, is_itself = _found(view)
     except StoreError as error:
-        raise EngineError(f"node {node} does not see the store {view.root} ({error}); {remedy}") from error
-    if found != view.uuid:
-        message = f"node {node} has another store at {view.root} ({found}, not {view.uuid}); {remedy}"
-        raise EngineError(message)
-    if not (view.root / view.probe).exists():
-        message = f"node {node} has a copy of the store at {view.root}, not the store itself; {remedy}"
-        raise EngineError(message)
+        raise EngineError(f"node {node} does not see the store {store} ({error}); {remedy}") from error
+    if uuid != view.uuid:
+        raise EngineError(f"node {node} has another store at {store} ({uuid}, not {view.uuid}); {remedy}")
+    if not is_itself:
+        raise EngineError(f"node {node} has a copy of the store at {store}, not the store itself; {remedy}")
     for path, *expected in view.files:
         stat = _stat(path)
         if stat is None or [*stat] != expected:
             what = "other than here: another size or time" if stat else "nothing"
-            raise EngineError(f"node {node} sees {what} at {path}; the folder, too: {remedy}")
+            raise EngineError(f"node {node} sees {what} at {path}; the folder {_SHARED}")
+
+
+_SHARED: Final = "must be on storage that all nodes share, under the same path on each"
+_REACHED: Final = (
+    "it needs the same endpoint, and credentials: AWS_* in the environment in which its `ray start` ran, or its role"
+)
+
+
+def _found(view: View) -> tuple[str, bool]:
+    """The uuid of what is in the store's place here, and whether it is no copy."""
+    if isinstance(view.store, str):
+        uuid, put = _header_in(view.store)
+        return uuid, put == view.probe
+    return read_header(view.store).uuid, (view.store / view.probe).exists()
 
 
 def _attempt(code: str, view: View, packed: bytes, number: int, mailbox: Any) -> tuple[int, int, Any]:
@@ -261,14 +289,15 @@ def _n_slots(ray: Any, memory: int, need: str) -> int:
 
 @contextmanager
 def ray_engine(
-    root: Path, address: str | None, *, files: Sequence[Path], memory: int, need: str
+    store: Path | str, address: str | None, *, files: Sequence[Path], memory: int, need: str
 ) -> Iterator[RayEngine]:
     """An engine on the Ray cluster at `address`, or on this machine alone.
 
     Parameters
     ----------
-    root
-        The store, as an absolute path: every node has to see it there.
+    store
+        The store, as an absolute path: every node has to see it there. Or the address of its bucket, which every node
+        has to reach.
     files
         A few files that tasks read, which every node has to see as well.
     memory
@@ -281,5 +310,5 @@ def ray_engine(
     EngineError
         No Ray, no cluster, or none of its nodes has room for a task.
     """
-    with ray_cluster(address, need=need) as ray, _shown(root, files) as view:
+    with ray_cluster(address, need=need) as ray, _shown(store, files) as view:
         yield RayEngine(ray, view, memory, _n_slots(ray, memory, need))

@@ -223,11 +223,16 @@ def read_header(root: Path) -> StoreHeader:
             f"{root}: no store here (no {STORE_FILE}); make one with `cfstore ingest H5DIR`, or name one with --store"
         )
         raise StoreNotFoundError(message)
+    return parse_header(path.read_bytes(), str(root))
+
+
+def parse_header(content: bytes, place: str) -> StoreHeader:
+    """What store.json says, of the store at `place`; raises StoreFormatError as `read_header`."""
     try:
-        content = json.loads(path.read_text())
-        version, store_uuid, created = content["format_version"], content["uuid"], content["created"]
+        said = json.loads(content)
+        version, store_uuid, created = said["format_version"], said["uuid"], said["created"]
     except (ValueError, KeyError, TypeError) as error:
-        message = f"{path}: not a store header ({error}); restore the file or ingest into a new --store"
+        message = f"{place}/{STORE_FILE}: not a store header ({error}); restore the file or ingest into a new --store"
         raise StoreFormatError(message) from error
-    check_version(str(root), version)
+    check_version(place, version)
     return StoreHeader(uuid=store_uuid, created=created, format_version=version)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from cfstore import catalog
+from cfstore.attempts import ShardSummary, registered_shards, uploaded_bytes
 from cfstore.convert import Affine, BagConverter, RangeMeter
 from cfstore.errors import SourceError, UnreadableFileError
 from cfstore.halves import prefer_torch
@@ -38,7 +39,7 @@ from cfstore.shards import (
     read_record,
     sync,
 )
-from cfstore.writing import commit, upload_shard
+from cfstore.writing import commit, is_staged, upload_shard
 
 OnError = Literal["stop", "skip"]
 
@@ -69,7 +70,7 @@ class ShardDone:
     `n_recovered` slides had been published by an earlier attempt, whose process died before it could say so.
     """
 
-    records: tuple[ShardRecord, ...]
+    shards: tuple[ShardSummary, ...]
     stored_bytes: int
     problems: tuple[Problem, ...]
     n_recovered: int = 0
@@ -205,28 +206,35 @@ def size_on_disk(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _published(task: ShardTask) -> ShardRecord | None:
+def _published(task: ShardTask) -> ShardSummary | None:
     """The shard that an earlier attempt at this very task has published."""
-    folder, mine = task.root / FEATURES_DIR / task.head.encoder, {job.slide_id for job in task.jobs}
-    for path in folder.glob(f"[0-9]*-{task.name}{SUFFIXES[task.head.format]}"):
-        record = read_record(task.root, path.relative_to(task.root).as_posix())
-        if record.slides and mine.issuperset(slide.slide_id for slide in record.slides):
-            return record
-    return None
+    mine = {job.slide_id for job in task.jobs}
+    return next((found for found in _named(task) if found.slide_ids and mine >= found.slide_ids), None)
 
 
-def _recover(task: ShardTask, record: ShardRecord, tell: Callable[[], None]) -> ShardDone:
+def _named(task: ShardTask) -> Iterator[ShardSummary]:
+    """Shards that have the task's name: on disk; of a store in a bucket, in the newest catalog that was pulled."""
+    root, encoder, form = task.root, task.head.encoder, task.head.format
+    if is_staged(root):
+        yield from registered_shards(root, encoder, form, task.name)
+        return
+    for path in (root / FEATURES_DIR / encoder).glob(f"[0-9]*-{task.name}{SUFFIXES[form]}"):
+        yield ShardSummary.of(read_record(root, path.relative_to(root).as_posix()))
+
+
+def _recover(task: ShardTask, published: ShardSummary, tell: Callable[[], None]) -> ShardDone:
     """Answer for an earlier attempt, and write what it had left out: to find out again why."""
     commit(task.root, lambda: catalog.adopt(task.root), task.patience)
-    found = {slide.slide_id for slide in record.slides}
+    found, shard = published.slide_ids, published.shard
     for _ in found:
         tell()
     left = tuple(job for job in task.jobs if job.slide_id not in found)
     name = f"{(int(task.name, 16) + 1) % (1 << 32):08x}"
     rest = write_shard(replace(task, jobs=left, name=name), tell) if left else _NOTHING
+    nbytes = uploaded_bytes(task.root, shard) if is_staged(task.root) else size_on_disk(task.root / shard)
     return ShardDone(
-        records=(record, *rest.records),
-        stored_bytes=size_on_disk(task.root / record.shard) + rest.stored_bytes,
+        shards=(published, *rest.shards),
+        stored_bytes=nbytes + rest.stored_bytes,
         problems=rest.problems,
         n_recovered=len(found) + rest.n_recovered,
     )
@@ -250,15 +258,16 @@ def _write_slides(
 
 def _publish_unless_taken(
     task: ShardTask, temporary: Path, record: ShardRecord
-) -> tuple[ShardRecord | None, ShardRecord | None, list[SlideJob]]:
+) -> tuple[ShardRecord | None, ShardSummary | None, list[SlideJob]]:
     """Publish a finished shard, unless an earlier attempt did, or some of its slides came into the store meanwhile.
 
     Gives what was published now, what by the earlier attempt, and what is left to write.
     """
     root = task.root
-    uploaded = upload_shard(root, temporary, lambda others: shard_name(others, record, uuid.uuid4().hex))
+    name = f"{task.name}{uuid.uuid4().hex[len(task.name) :]}"  # the task's, and this attempt's alone
+    uploaded = upload_shard(root, temporary, lambda others: shard_name(others, record, name))
 
-    def publish_unless_taken() -> tuple[ShardRecord | None, ShardRecord | None, list[SlideJob]]:
+    def publish_unless_taken() -> tuple[ShardRecord | None, ShardSummary | None, list[SlideJob]]:
         catalog.adopt(root)
         if uploaded and uploaded.is_registered(root):  # the answer to the commit got lost
             return uploaded.record, None, []
@@ -302,7 +311,7 @@ def write_shard(task: ShardTask, tell: Callable[[], None]) -> ShardDone:
         record, nbytes = writer.finish(slides), size_on_disk(temporary)
         mine, published, left = _publish_unless_taken(task, temporary, record)
         if mine:
-            return ShardDone((mine,), nbytes, tuple(problems))
+            return ShardDone((ShardSummary.of(mine),), nbytes, tuple(problems))
     if published:
         return _recover(task, published, lambda: None)
     # Another ingest of the same folder took some of these slides meanwhile: write only the others.

@@ -24,7 +24,6 @@ from cfstore.derived_reader import DerivedReader, find_underived
 from cfstore.engines import EngineName
 from cfstore.errors import (
     ClinicalError,
-    EngineError,
     SlideNotFoundError,
     SourceError,
     SplitsError,
@@ -136,14 +135,6 @@ class Store:
         if self._of_tars:
             message = "tars opened by themselves are only read; `cfstore ingest` makes a store, which can do this"
             raise StoreError(message)
-
-    def _check_engine(self, engine: str) -> None:
-        if is_staged(self.path) and engine != "local":
-            message = (
-                f"{self.location}: --engine {engine} writes into folders only; machines can ingest into a bucket side "
-                "by side, each its part of the slides with a command of its own"
-            )
-            raise EngineError(message)
 
     def _check_in_folder(self, what: str) -> None:
         self._check_own()
@@ -341,7 +332,6 @@ class Store:
             Ray cannot be had, or a node of it is not fit for the work; what was finished stays.
         """
         self._check_own()
-        self._check_engine(engine)
         options = options or IngestOptions()
         codec = options.chosen_codec()
         prepare(self.path)
@@ -500,7 +490,6 @@ class Store:
             Ray cannot be had, or a node of it is not fit for the work; what was computed so far stays.
         """
         self._check_own()
-        self._check_engine(engine)
         encoder, chosen = choose_slides(self.path, encoder, cohort, slide_ids)
         wanted = default_derivations(self.path, encoder, chosen) if derivations is None else derivations
         return run_derive(

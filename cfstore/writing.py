@@ -96,6 +96,17 @@ def upload_shard(root: Path, temporary: Path, name: Callable[[Sequence[str]], st
     return UploadedShard(bucket, record, list(extents), upload_tree(bucket, record.shard, temporary))
 
 
+def bucket_of(root: Path) -> Bucket | None:
+    """The bucket that a folder of a `session` stands for; None for a store that lies in the folder."""
+    return staging.bucket_of(root)
+
+
+def place_of(root: Path) -> Path | str:
+    """Where other machines find the store: its folder, or the address of its bucket."""
+    bucket = staging.bucket_of(root)
+    return bucket.url if bucket else root
+
+
 @contextmanager
 def session(bucket: Bucket) -> Iterator[Path]:
     """A folder that stands for a store in a bucket while it is written to; below $TMPDIR.
@@ -109,20 +120,54 @@ def session(bucket: Bucket) -> Iterator[Path]:
     RemoteError
         The bucket cannot be written, or has no conditional writes.
     """
+    creation.check_conditional(bucket)
+    with _staged(bucket) as root:
+        before = staging.version(bucket)
+        commit(root, partial(catalog.reconcile, root))  # makes the first catalog, where there is none
+        yield root
+        if staging.version(bucket) != before or staging.snapshot_trails(bucket):
+            with write_lock(root / _COMMITS):
+                staging.put_snapshot(root, bucket)
+
+
+@contextmanager
+def session_of_task(url: str) -> Iterator[Path]:
+    """Another such folder, for a task of a writer that has a `session` meanwhile, perhaps on another machine.
+
+    What the writer does once is left to it: to try out the server's conditions, to make the first catalog, to put
+    `catalog.parquet`.
+
+    Raises
+    ------
+    StoreNotFoundError
+        There is no store.
+    RemoteError
+        The bucket cannot be read.
+    """
+    with _staged(Bucket(url)) as root:
+        refresh(root)
+        yield root
+
+
+def refresh(root: Path) -> None:
+    """Make a folder of a session what the newest catalog says: others may have committed. A store's own is so."""
+    bucket = staging.bucket_of(root)
+    if bucket is not None:
+        with write_lock(root / _COMMITS):
+            staging.refresh(root, bucket)
+
+
+@contextmanager
+def _staged(bucket: Bucket) -> Iterator[Path]:
+    """A folder with the store's header, nothing pulled yet."""
     root, held = _new_folder()
     with held:
         try:
-            creation.check_conditional(bucket)
             (root / _COMMITS).mkdir()
             staging.stage(root, bucket)
             header = creation.copy_header(bucket, root)
             write_remote(root, Remote(bucket.url, header.uuid, None, 0, None))  # bags are read from the bucket
-            before = staging.version(bucket)
-            commit(root, partial(catalog.reconcile, root))  # makes the first catalog, where there is none
             yield root
-            if staging.version(bucket) != before or staging.snapshot_trails(bucket):
-                with write_lock(root / _COMMITS):
-                    staging.put_snapshot(root, bucket)
         finally:
             discard(root)
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def opened_by(pids: set[int], part: str) -> list[str]:
 class Node:
     """One raylet with its workers (and, of the head, what the cluster needs)."""
 
-    def __init__(self, folder: Path, name: str, head: str | None, num_cpus: int) -> None:
+    def __init__(self, folder: Path, name: str, head: str | None, num_cpus: int, variables: Mapping[str, str]) -> None:
         place = ["--head", "--port=0", "--include-dashboard=false"] if head is None else [f"--address={head}"]
         ports = ("min-worker-port", "max-worker-port", "node-manager-port", "object-manager-port")
         options = [
@@ -97,6 +97,7 @@ class Node:
             **os.environ,
             "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
             "OMP_NUM_THREADS": "1",
+            **variables,
         }
         self.log = folder / f"{name}.log"
         with self.log.open("w") as log:
@@ -151,15 +152,16 @@ def _send(pid: int, number: signal.Signals) -> None:
 class Cluster:
     """A head, which drivers on this machine join, and nodes that come and go."""
 
-    def __init__(self, folder: Path, num_cpus: int) -> None:
-        self._folder, self._num_cpus = folder, num_cpus
-        self.head = Node(folder, "head", None, num_cpus)
+    def __init__(self, folder: Path, num_cpus: int, variables: Callable[[str], Mapping[str, str]]) -> None:
+        self._folder, self._num_cpus, self._variables = folder, num_cpus, variables
+        self.head = Node(folder, "head", None, num_cpus, variables("head"))
         self.address = self.head.address
         self.others: list[Node] = []
 
     def add(self) -> Node:
         """Start one more node."""
-        self.others.append(Node(self._folder, f"node{len(self.others)}", self.address, self._num_cpus))
+        name = f"node{len(self.others)}"
+        self.others.append(Node(self._folder, name, self.address, self._num_cpus, self._variables(name)))
         return self.others[-1]
 
     def second(self) -> Node:
@@ -174,11 +176,14 @@ class Cluster:
 
 
 @contextmanager
-def two_nodes(num_cpus: int = 1) -> Iterator[Cluster]:
-    """A cluster of two nodes with `num_cpus` each; `Cluster.address` is what `--address` takes."""
+def two_nodes(num_cpus: int = 1, variables: Callable[[str], Mapping[str, str]] = lambda name: {}) -> Iterator[Cluster]:
+    """A cluster of two nodes with `num_cpus` each; `Cluster.address` is what `--address` takes.
+
+    `variables`: by name of a node (head, node0, ...), what its environment says besides this process's.
+    """
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # not pytest's: names of sockets are short
     try:
-        cluster = Cluster(folder, num_cpus)
+        cluster = Cluster(folder, num_cpus, variables)
         try:
             cluster.add()
             yield cluster

@@ -33,6 +33,7 @@ FLOORS = {
         {"mirrors", "remote.staging", "remote.orphans"},
         {"remote.commits"},
         {"writing"},
+        {"attempts"},
         {"plan", "query", "info", "places", "tables"},
         {"selection", "parts"},
         {"remote_parts"},

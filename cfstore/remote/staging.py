@@ -84,6 +84,13 @@ def pull(root: Path, bucket: Bucket) -> Pulled:
     return Pulled(etag, named, _stamp(root))
 
 
+def refresh(root: Path, bucket: Bucket) -> None:
+    """`pull`, to look at and not to change. Needs the folder's lock."""
+    pulled = pull(root, bucket)
+    if pulled.etag is not None:
+        _remember(root, bucket.url, pulled.etag)
+
+
 def version(bucket: Bucket) -> str | None:
     """The ETag of the catalog; None where there is none."""
     head = bucket.head(CATALOG_FILE)

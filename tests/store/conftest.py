@@ -6,7 +6,10 @@ import itertools
 import logging
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 from faulty_proxy import FaultyProxy
 
@@ -58,6 +61,22 @@ def bucket_url(s3: FaultyProxy, s3_port: int) -> str:
     client.create_bucket(Bucket=name)
     client.close()
     return f"s3://{name}/cohorts/store"
+
+
+@pytest.fixture
+def slow_cohort(tmp_path: Path) -> Path:
+    """Twelve slides of three scales that take a moment each to read: compressed in tiny chunks."""
+    rng, folder = np.random.default_rng(0), tmp_path / "uni"
+    for i in range(12):
+        for scale in (5, 10, 20):
+            path = folder / f"x{scale}" / "h5_files" / f"s{i:02d}.h5"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            n = 12 * scale + 7 * i
+            rows = rng.normal(size=(n, 64)).astype(np.float32)
+            with h5py.File(path, "w") as file:
+                file.create_dataset("features", data=rows, chunks=(1, 1), compression="gzip", compression_opts=1)
+                file["coords"] = rng.integers(0, 90_000, (n, 2)).astype(np.int32)
+    return folder
 
 
 @pytest.fixture(autouse=True)

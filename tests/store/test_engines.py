@@ -191,7 +191,7 @@ def test_a_node_without_the_store_refuses_by_name(view: View, tmp_path: Path) ->
 
 
 def test_a_node_with_a_copy_of_the_store_refuses(view: View, tmp_path: Path) -> None:
-    shutil.copytree(view.root, tmp_path / "copy", ignore=shutil.ignore_patterns(".probe-*"))
+    shutil.copytree(view.store, tmp_path / "copy", ignore=shutil.ignore_patterns(".probe-*"))
     assert "has a copy of the store" in refused(View(tmp_path / "copy", view.uuid, view.probe, view.files))
 
 

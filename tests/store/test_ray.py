@@ -27,7 +27,7 @@ from cfstore.ray_engine import RETRIES
 
 Make = Callable[..., Any]
 Tell = Callable[[], None]
-SLIDES = tuple(f"s{i:02d}" for i in range(12))
+SLIDES = tuple(f"s{i:02d}" for i in range(12))  # of `slow_cohort`, too
 COUNTS = ("n_slides", "n_bags", "n_without_coords", "n_present", "problems", "source_bytes")
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]  # one cluster at a time, for all
@@ -53,22 +53,6 @@ def by_value() -> Iterator[None]:
 @pytest.fixture
 def stores(tmp_path: Path) -> dict[str, Store]:
     return {name: cfstore.open(tmp_path / name, create=True) for name in ("local", "ray")}
-
-
-@pytest.fixture
-def slow_cohort(tmp_path: Path) -> Path:
-    """Bags of three scales that take a moment each to read: compressed in tiny chunks."""
-    rng, folder = np.random.default_rng(0), tmp_path / "uni"
-    for i, slide in enumerate(SLIDES):
-        for scale in (5, 10, 20):
-            path = folder / f"x{scale}" / "h5_files" / f"{slide}.h5"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            n = 12 * scale + 7 * i
-            rows = rng.normal(size=(n, 64)).astype(np.float32)
-            with h5py.File(path, "w") as file:
-                file.create_dataset("features", data=rows, chunks=(1, 1), compression="gzip", compression_opts=1)
-                file["coords"] = rng.integers(0, 90_000, (n, 2)).astype(np.int32)
-    return folder
 
 
 def bags(store: Store) -> list[dict[str, Any]]:

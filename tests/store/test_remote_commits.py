@@ -11,7 +11,6 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from remote_writers import Executioner, Writers, download, objects
 
 import cfstore
 from cfstore import Store, ingest, writing
-from cfstore.errors import EngineError, PreconditionFailedError, RemoteError, StoreFormatError, StoreNotFoundError
+from cfstore.errors import PreconditionFailedError, RemoteError, StoreFormatError, StoreNotFoundError
 from cfstore.remote import bucket as bucket_module
 from cfstore.remote import leases, orphans, staging
 from cfstore.remote.bucket import Bucket
@@ -468,13 +467,6 @@ def test_a_server_that_ignores_conditions_is_refused(s3: FaultyProxy, bucket_url
     s3.dropped = {"If-Match", "if-match"}
     with pytest.raises(RemoteError, match="ignores If-Match of a PUT"):
         cfstore.open(bucket_url, create=True)
-
-
-def test_ray_is_for_stores_in_folders(bucket_url: str, folder: Path) -> None:
-    store = cfstore.open(bucket_url, create=True)
-    for write in (partial(store.ingest, folder), store.derive):
-        with pytest.raises(EngineError, match=f"{bucket_url}: --engine ray writes into folders only"):
-            write(engine="ray")
 
 
 def test_a_prefix_of_something_else_is_not_made_a_store(bucket_url: str) -> None:
