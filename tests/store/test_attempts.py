@@ -31,7 +31,7 @@ Tell = Callable[[], None]
 SLIDES = ("a", "b", "c")
 COUNTS = ("n_slides", "n_bags", "n_without_coords", "n_shards", "problems", "source_bytes", "stored_bytes")
 WANTED = (Derivation.mean(20), Derivation.nearest(20), Derivation.parents(20, 5))
-LISTED = "SELECT slide_id, derivation, digest, source, row_group FROM derived ORDER BY ALL"
+LISTED = "SELECT slide_id, derivation, digest, source FROM derived ORDER BY ALL"
 
 
 class Nodes:
