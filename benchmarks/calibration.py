@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import h5py
 import numpy as np
@@ -30,6 +30,7 @@ from cfstore.codecs import get_codec
 from cfstore.convert import BagConverter
 from cfstore.halves import prefer_torch
 from cfstore.processes import side_by_side
+from cfstore.shards.packed import PackedWriter
 
 SCALES: Final = (5, 10, 20)
 SIZES: Final = (0.4, 0.7, 1.0, 1.9)  # of slides, in turn; their mean is 1
@@ -48,21 +49,25 @@ class IngestConstants:
     Parameters
     ----------
     core_seconds_per_gb
-        Of source, read from the page cache, converted, compressed and written by one process.
+        Of source, read from the page cache, converted, compressed and handed to the kernel by one process: "torch"
+        where it has loaded torch to convert by, "numpy" where so little is to be converted that it has not.
     commit_seconds
         For which a shard's registration holds the write lock, in a small store.
+    write_bytes_per_s
+        Bytes of shards over the seconds for which one process waits until they are on the disk.
     cores
         By processes that are busy: the cores that they get together, in units of one alone.
     start_seconds
-        By processes: until the last of them has imported what it needs.
+        As above, and by processes: until the last of them has imported what it needs.
     stored
         Bytes written of each byte read.
     """
 
-    core_seconds_per_gb: float
+    core_seconds_per_gb: dict[str, float]
     commit_seconds: float
+    write_bytes_per_s: float
     cores: dict[int, float]
-    start_seconds: dict[int, float]
+    start_seconds: dict[str, dict[int, float]]
     stored: float
 
     def as_json(self) -> dict[str, Any]:
@@ -92,23 +97,23 @@ def make_folder(folder: Path, slides: int, name: str) -> Path:
 
 
 @contextmanager
-def lock_times() -> Iterator[list[float]]:
-    """For how many seconds shards written in this process hold the write lock, each time."""
-    held: list[float] = []
-    lock = shard_job.write_lock
+def call_times(owner: Any, name: str) -> Iterator[list[float]]:
+    """Seconds that each call of `owner.name` takes in this process."""
+    taken: list[float] = []
+    function = getattr(owner, name)
 
-    @contextmanager
-    def clocked(*words: Any) -> Iterator[None]:
-        with lock(*words):
-            started = time.perf_counter()
-            yield
-            held.append(time.perf_counter() - started)
+    def clocked(*words: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*words)
+        finally:
+            taken.append(time.perf_counter() - started)
 
-    shard_job.write_lock = clocked  # type: ignore[assignment]
+    setattr(owner, name, clocked)
     try:
-        yield held
+        yield taken
     finally:
-        shard_job.write_lock = lock
+        setattr(owner, name, function)
 
 
 def _nothing(load_torch: bool, tell: Callable[[], None]) -> None:
@@ -164,24 +169,51 @@ def busy_seconds(processes: int) -> float:
     return sum(seconds) / processes
 
 
-def ingest_constants(folder: Path, store: Path, workers: tuple[int, ...]) -> IngestConstants:
-    """Measure all of them; `folder` is the smaller cohort, `store` a path for a new store."""
-    prefer_torch()
-    work, commits = [], []
+class Alone(NamedTuple):
+    """Medians of ingests in this process: core-seconds of each GB, seconds of a commit, bytes stored and synced."""
+
+    work: float
+    commit: float
+    write: float
+    stored: float
+
+
+def _ingests_alone(folder: Path, store: Path) -> Alone:
+    found = []
     for _ in range(_INGESTS):
         shutil.rmtree(store, ignore_errors=True)
         opened = cfstore.open(store, create=True)
-        with lock_times() as held:
+        with call_times(shard_job, "commit") as commits, call_times(PackedWriter, "finish") as synced:
             report = opened.ingest(folder, OPTIONS, jobs=1)
-        work.append((report.seconds - sum(held)) / report.source_bytes * 1e9)
-        commits.append(sum(held) / report.n_shards)
+        if not len(commits) == len(synced) == report.n_shards:
+            message = f"{report.n_shards} shards, but {len(commits)} commits and {len(synced)} syncs clocked: mend `call_times`"
+            raise RuntimeError(message)
+        work = (report.seconds - sum(commits) - sum(synced)) / report.source_bytes * 1e9
+        stored = report.stored_bytes / report.source_bytes
+        found.append(Alone(work, sum(commits) / report.n_shards, report.stored_bytes / sum(synced), stored))
+    return Alone(*map(statistics.median, zip(*found, strict=True)))
+
+
+def ingest_constants(folder: Path, store: Path, workers: tuple[int, ...]) -> IngestConstants:
+    """Measure all of them; `folder` is the smaller cohort, `store` a path for a new store. Loads torch."""
+    by_numpy = _ingests_alone(folder, store)
+    if "torch" in sys.modules:
+        message = (
+            f"{folder}: is so large that its ingest loaded torch: no measure of one that does not; take fewer slides"
+        )
+        raise ValueError(message)
+    prefer_torch()
+    by_torch = _ingests_alone(folder, store)
     alone = busy_seconds(1)
     return IngestConstants(
-        core_seconds_per_gb=statistics.median(work),
-        commit_seconds=statistics.median(commits),
+        core_seconds_per_gb={"numpy": by_numpy.work, "torch": by_torch.work},
+        commit_seconds=by_torch.commit,
+        write_bytes_per_s=by_torch.write,
         cores={n: n * alone / busy_seconds(n) if n > 1 else 1.0 for n in workers},
-        start_seconds={n: start_seconds(n, load_torch=False) for n in workers},
-        stored=report.stored_bytes / report.source_bytes,
+        start_seconds={
+            name: {n: start_seconds(n, load_torch=name == "torch") for n in workers} for name in ("numpy", "torch")
+        },
+        stored=by_torch.stored,
     )
 
 

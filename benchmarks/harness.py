@@ -9,16 +9,16 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import mmap
-import multiprocessing
 import os
 import platform
 import queue
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,27 +46,40 @@ def _busy() -> float:
     return (sum(ticks) - ticks[3] - ticks[4]) / _TICKS
 
 
+def _descendants() -> list[list[str]]:
+    """PID and the fields of /proc/PID/stat from `state` on, of living children, of their children, and so on."""
+    processes: dict[str, list[str]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            processes[stat.parent.name] = [stat.parent.name, *stat.read_text().rpartition(")")[2].split()]
+    found, parents = [], {str(os.getpid())}
+    while parents:
+        children = [fields for fields in processes.values() if fields[2] in parents]
+        found += children
+        parents = {fields[0] for fields in children}
+    return found
+
+
 def _own_cpu() -> float:
-    """CPU seconds of this process and of its living children."""
-    total = time.process_time()
-    for child in multiprocessing.active_children():
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / _TICKS
-    return total
+    """CPU seconds of this process and of all that it started, living or waited for."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    living = sum(int(ticks) for fields in _descendants() for ticks in fields[12:16])  # own, and of those waited for
+    return time.process_time() + ended.ru_utime + ended.ru_stime + living / _TICKS
 
 
 def _device_bytes() -> int:
-    """Bytes that this process and its children had fetched from a device."""
+    """Bytes that this process and all that it started had fetched from a device."""
     total = 0
-    for pid in ["self", *(str(child.pid) for child in multiprocessing.active_children())]:
-        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-        total += next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+    for pid in ["self", *(fields[0] for fields in _descendants())]:
+        with suppress(OSError):
+            lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+            total += next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
     return total
 
 
 def measure(work: Callable[[], Any]) -> Sample:
     """Call `work` once."""
-    busy, cpu, device, start = _busy(), _own_cpu(), _device_bytes(), time.perf_counter()
+    device, busy, cpu, start = _device_bytes(), _busy(), _own_cpu(), time.perf_counter()
     result = work()
     wall = time.perf_counter() - start
     cpu = _own_cpu() - cpu

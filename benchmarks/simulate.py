@@ -2,9 +2,9 @@
 
 First the check: constants are measured here (`calibration`), the schedule model predicts real ingests and real sweeps
 at 1, 2 and 4 workers, and the ratio of predicted to measured seconds is in the result. Ingests read from the page
-cache, so shared storage is not part of the check; tests hold the model's storage to closed forms. Then the same model
-with the same constants for a million slides, on clusters and storages of several sizes. Commits are as slow as
-`catalog_scale.json` has measured them at that number of slides.
+cache and write to a local disk, so shared storage is not part of the check; tests hold the model's storage to closed
+forms. Then the same model with the same constants for a million slides, on clusters and storages of several sizes.
+Commits are as slow as `catalog_scale.json` has measured them at that number of slides.
 
     python benchmarks/simulate.py --root /scratch/bench --out benchmarks/results/simulate.json
 """
@@ -25,10 +25,11 @@ from typing import Any, Final
 import calibration
 import harness
 import numpy as np
-from calibration import IngestConstants, ingest_constants, lock_times, make_folder, rounded, run_alone, train_command
+from calibration import IngestConstants, ingest_constants, make_folder, rounded, run_alone, train_command
 from schedule_model import Lock, Shared, Step, Task, ingest_tasks, makespan, sweep_makespan
 
 import cfstore
+from cfstore.halves import WORTH_TORCH
 from cfstore.ingest import _batches
 from cfstore.plan import IngestPlan
 from cfstore.synth import synthesize
@@ -62,13 +63,17 @@ def shard_bytes(plan: IngestPlan, jobs: int) -> list[float]:
 
 
 def predicted_ingest(constants: IngestConstants, sizes: Sequence[float], workers: int) -> float:
-    """Seconds of an ingest of these shards on this machine, from the page cache."""
-    work = [(size, size / 1e9 * constants.core_seconds_per_gb, size * constants.stored) for size in sizes]
+    """Seconds of an ingest of these shards of float32 on this machine, from the page cache."""
+    by = "torch" if sum(sizes) / workers > WORTH_TORCH else "numpy"
+    work = [(size, size / 1e9 * constants.core_seconds_per_gb[by], size * constants.stored) for size in sizes]
     resources: dict[str, Shared | Lock] = {
-        "read": Shared(), "write": Shared(), "cores": Shared(constants.cores[workers], 1.0), "commit": Lock()
-    }  # fmt: skip
+        "read": Shared(),
+        "cores": Shared(constants.cores[workers], 1.0),
+        "write": Shared(constants.write_bytes_per_s),
+        "commit": Lock(),
+    }
     tasks = ingest_tasks(work, constants.commit_seconds)
-    return makespan(tasks, workers, resources, constants.start_seconds[workers])
+    return makespan(tasks, workers, resources, constants.start_seconds[by][workers])
 
 
 def check_ingest(root: Path, slides: int, rounds: int) -> dict[str, Any]:
@@ -84,8 +89,7 @@ def check_ingest(root: Path, slides: int, rounds: int) -> dict[str, Any]:
         opened = cfstore.open(store, create=True)
         plan = opened.plan(folder, calibration.OPTIONS)
         predicted = predicted_ingest(constants, shard_bytes(plan, workers), workers)
-        with lock_times():
-            sample = harness.measure(lambda: opened.ingest(folder, calibration.OPTIONS, plan=plan, jobs=workers))  # noqa: B023
+        sample = harness.measure(lambda: opened.ingest(folder, calibration.OPTIONS, plan=plan, jobs=workers))  # noqa: B023
         rows.append(
             {
                 "workers": workers, "predicted": predicted, "measured": sample.result.seconds,
@@ -165,7 +169,7 @@ def million(
     """A million slides on so many machines, and a storage of so many bytes a second."""
     workers, n_shards = machines * CORES, -(-MILLION // SHARD_SLIDES)
     source = SLIDE_BYTES * SHARD_SLIDES
-    work = (source, source / 1e9 * constants.core_seconds_per_gb, source * STORED)
+    work = (source, source / 1e9 * constants.core_seconds_per_gb["torch"], source * STORED)
     lock = Lock(lambda n: commit(n * SHARD_SLIDES))
     disk = {"read": Shared(storage, STREAM), "write": Shared(storage, STREAM)}
     resources: dict[str, Shared | Lock] = {**disk, "cores": Shared(workers, 1.0), "commit": lock}
