@@ -186,7 +186,7 @@ def _ingests_alone(folder: Path, store: Path) -> Alone:
         with call_times(shard_job, "commit") as commits, call_times(PackedWriter, "finish") as synced:
             report = opened.ingest(folder, OPTIONS, jobs=1)
         if not len(commits) == len(synced) == report.n_shards:
-            message = f"{report.n_shards} shards, but {len(commits)} commits and {len(synced)} syncs clocked: mend `call_times`"
+            message = f"{report.n_shards} shards, but {len(commits)} commits and {len(synced)} syncs were clocked"
             raise RuntimeError(message)
         work = (report.seconds - sum(commits) - sum(synced)) / report.source_bytes * 1e9
         stored = report.stored_bytes / report.source_bytes
