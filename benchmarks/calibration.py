@@ -14,15 +14,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import h5py
 import numpy as np
-from harness import measure
+from harness import call_times, measure
 
 import cfstore
 from cfstore import shard_job
@@ -94,26 +93,6 @@ def make_folder(folder: Path, slides: int, name: str) -> Path:
                 file.create_dataset("features", data=rows, chunks=(32, DIM), maxshape=(None, DIM))
                 file["coords"] = chance.integers(0, 90_000, (n_patches, 2)).astype(np.int32)
     return folder
-
-
-@contextmanager
-def call_times(owner: Any, name: str) -> Iterator[list[float]]:
-    """Seconds that each call of `owner.name` takes in this process."""
-    taken: list[float] = []
-    function = getattr(owner, name)
-
-    def clocked(*words: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return function(*words)
-        finally:
-            taken.append(time.perf_counter() - started)
-
-    setattr(owner, name, clocked)
-    try:
-        yield taken
-    finally:
-        setattr(owner, name, function)
 
 
 def _nothing(load_torch: bool, tell: Callable[[], None]) -> None:

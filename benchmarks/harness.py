@@ -87,6 +87,26 @@ def measure(work: Callable[[], Any]) -> Sample:
     return Sample(wall, cpu, other, _device_bytes() - device, result)
 
 
+@contextmanager
+def call_times(owner: Any, name: str) -> Iterator[list[float]]:
+    """Seconds that each call of `owner.name` takes in this process."""
+    taken: list[float] = []
+    function = getattr(owner, name)
+
+    def clocked(*words: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*words)
+        finally:
+            taken.append(time.perf_counter() - started)
+
+    setattr(owner, name, clocked)
+    try:
+        yield taken
+    finally:
+        setattr(owner, name, function)
+
+
 def page_buffer(nbytes: int) -> NDArray[np.uint8]:
     """Page-aligned memory, every page touched: what pinned memory is like to a reader.
 
