@@ -164,7 +164,7 @@ def _ingests_alone(folder: Path, store: Path) -> Alone:
         opened = cfstore.open(store, create=True)
         with call_times(shard_job, "commit") as commits, call_times(PackedWriter, "finish") as synced:
             report = opened.ingest(folder, OPTIONS, jobs=1)
-        if not len(commits) == len(synced) == report.n_shards:
+        if len(commits) != report.n_shards or not synced:
             message = f"{report.n_shards} shards, but {len(commits)} commits and {len(synced)} syncs were clocked"
             raise RuntimeError(message)
         work = (report.seconds - sum(commits) - sum(synced)) / report.source_bytes * 1e9
