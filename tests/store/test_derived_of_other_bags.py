@@ -31,6 +31,8 @@ from cfstore import (
     derived_tables,
     prototypes,
 )
+from cfstore.catalog import editing
+from cfstore.catalog.internal import create_tables
 from cfstore.cli import main
 from cfstore.derive_job import patch_edges
 from cfstore.derived_files import DerivedFile, read_file
@@ -64,7 +66,7 @@ def an_older_version(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name in ("load", "follow", "follow_slides"):
             patch.setattr(derived_tables, name, lambda *_: None)
         patch.setattr(derived_tables, "is_behind", lambda *_: False)
-        patch.setattr(catalog, "published_files", lambda root: sorted(file_names(root)))
+        patch.setattr(editing, "published_files", lambda root: sorted(file_names(root)))
         yield
 
 
@@ -299,7 +301,7 @@ def test_minus_zero_is_zero_among_similar_patches() -> None:
 
 def test_fifty_thousand_rows_are_behind_until_they_are_listed_and_not_after(tmp_path: Path) -> None:
     with duckdb.connect(tmp_path / "c.duckdb") as connection:
-        catalog._create_tables(connection)
+        create_tables(connection)
         assert not derived_tables.is_behind(connection)
         connection.execute(
             "INSERT INTO bags BY NAME SELECT 's' || n AS slide_id, 'uni' AS encoder, 20 AS scale, 'd' || n AS digest "

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import cfstore
-from cfstore import Store, catalog, ingest, labels, locks
+from cfstore import Store, ingest, labels, locks
+from cfstore.catalog import editing, table_rows
 from cfstore.errors import StoreError
 from cfstore.ingest import prepare
 from cfstore.labels import Resolver, collect
@@ -36,13 +37,13 @@ def filled(tmp_path: Path, store: Store, make_cohort: Make) -> Store:
 def committed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that the catalog puts into their place, as it does."""
     names: list[str] = []
-    commit = catalog.commit
+    commit = editing.commit
 
     def seen(temporary: Path, path: Path) -> None:
         names.append(path.name)
         commit(temporary, path)
 
-    monkeypatch.setattr(catalog, "commit", seen)
+    monkeypatch.setattr(editing, "commit", seen)
     return names
 
 
@@ -55,9 +56,9 @@ def test_a_commit_asks_for_the_owners_of_its_own_slides_only(
 ) -> None:
     asked: list[str] = []
     loaded: list[str] = []
-    owner, load = Resolver.owner, catalog._load_table
+    owner, load = Resolver.owner, table_rows._load_table
     monkeypatch.setattr(Resolver, "owner", lambda self, slide, *more: asked.append(slide) or owner(self, slide, *more))
-    monkeypatch.setattr(catalog, "_load_table", lambda *words: loaded.append(words[2]) or load(*words))
+    monkeypatch.setattr(table_rows, "_load_table", lambda *words: loaded.append(words[2]) or load(*words))
     make_cohort(tmp_path / "more" / "uni", ("d", "e"))
     filled.ingest(tmp_path / "more" / "uni")
     assert sorted(asked) == ["d", "e"]
