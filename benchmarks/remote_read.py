@@ -17,7 +17,7 @@ Traps, and what is done about them:
   the limit and not the reader. The server's files are in the page cache: they are read once before.
 - the mirror, connections, threads and the reader's memory are made by a first stream that is not timed.
 - loopback costs CPU that a network card would not: server, client, decoding and digests share the cores.
-- one shared machine: each sample says how many cores others used (the server's own are among them).
+- one shared machine: each sample says how many cores it used (the server's are among them), and how many others did.
 """
 
 from __future__ import annotations

@@ -277,7 +277,8 @@ class Bucket:
         try:
             put = _obstore().put(self._client(), key, data, mode=mode, use_multipart=False)
         except (errors.AlreadyExistsError, errors.PreconditionError, FileNotFoundError) as error:
-            if _status(error) == 409:  # S3: another conditional request on the object has not ended yet
+            # S3: another conditional request on the object has not ended yet. Azure: the object exists.
+            if _status(error) == 409 and self.url.startswith("s3://"):
                 raise TemporaryError(_line(error)) from error
             what = "exists already" if mode == "create" else "is not what it was"
             raise PreconditionFailedError(f"{self.shown(key)}: {what}; another process was first") from error

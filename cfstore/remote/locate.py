@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -19,6 +19,11 @@ from cfstore.errors import StoreError
 CLOUDS: Final = ("s3", "gs", "az")
 PLAIN: Final = ("https", "http")
 _URL: Final = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://")
+_SPOKEN_TO: Final = {
+    "s3": ("AWS_ALLOW_HTTP", ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")),
+    "az": ("AZURE_ALLOW_HTTP", ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")),
+}
+"""By scheme: the variable that allows requests without encryption, and those that name the server."""
 _TRUE: Final = ("1", "true", "yes", "on")
 
 
@@ -66,13 +71,21 @@ def can_list(url: str) -> bool:
 
 def allows_http(url: str, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether requests may go without encryption: to this machine itself, where an http address was given, or
-    where AWS_ALLOW_HTTP says so.
+    where AWS_ALLOW_HTTP or AZURE_ALLOW_HTTP says so.
     """
-    parts = urlsplit(url)
-    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or ""
-    if parts.scheme == "http" or environment.get("AWS_ALLOW_HTTP", "").lower() in _TRUE:
+    scheme = urlsplit(url).scheme
+    if scheme == "http":
         return True
-    return parts.scheme == "s3" and is_loopback(urlsplit(endpoint).hostname or "")
+    if scheme not in _SPOKEN_TO:
+        return False
+    allowing, endpoints = _SPOKEN_TO[scheme]
+    if environment.get(allowing, "").lower() in _TRUE:
+        return True
+    return is_loopback(urlsplit(_first(endpoints, environment) or "").hostname or "")
+
+
+def _first(names: Iterable[str], environment: Mapping[str, str]) -> str | None:
+    return next((environment[name] for name in names if environment.get(name)), None)
 
 
 def is_loopback(host: str) -> bool:
@@ -90,8 +103,7 @@ def settings_of(url: str, environment: Mapping[str, str] = os.environ) -> dict[s
     if urlsplit(url).scheme != "s3":
         return {}
     settings = {}
-    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
-    if endpoint:
+    if endpoint := _first(_SPOKEN_TO["s3"][1], environment):
         settings["endpoint"] = endpoint
     settings["region"] = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or "us-east-1"
     return settings
