@@ -65,7 +65,7 @@ class Heard:
 def train_on_ray(asked: Asked, address: str | None, heard: Heard) -> int:
     """Run `cftrain ARGUMENTS` in `workers` processes that train together; returns the exit code of all.
 
-    SIGTERM, SIGUSR1 and Ctrl-C are passed on: the run writes its checkpoints and ends with 75 or 130.
+    SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C are passed on: the run writes its checkpoints and ends with 75 or 130.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Signals that ask a run to write a checkpoint and leave: SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C."""
+"""Signals by which a run writes a checkpoint and leaves: SIGTERM, SIGUSR1 and SIGUSR2 (SLURM's warnings), Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Final
 
-SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+"""SLURM sends a job's warning to all processes of it: to a run also the one that is meant for submitit, SIGUSR2."""
 
 
 @dataclass

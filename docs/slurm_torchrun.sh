@@ -15,7 +15,7 @@ if [ -f "$out/config.toml" ]; then set -- --resume; fi
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 stopped=
-trap 'stopped=1; kill -TERM "$step"' USR1
+trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 # not srun: it would kill the processes at once
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --rdzv-backend c10d \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$first:$((20000 + SLURM_JOB_ID % 10000))" \
   -m cftrain run --out "$out" "$@" &

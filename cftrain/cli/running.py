@@ -126,7 +126,7 @@ def run(
     adds a third: the epoch that an inner model chose on held-out training patients (honest).
 
     Killed at any moment, `--resume` goes on and ends with the same numbers, bit for bit on the same machine.
-    On SIGTERM or SIGUSR1 a run writes its checkpoints and exits with 75. Several processes under torchrun
+    On SIGTERM, SIGUSR1 or SIGUSR2 a run writes its checkpoints and exits with 75. Several processes under torchrun
     train each step together; so do --workers on a Ray cluster, which goes on by itself where one is killed.
 
     \b

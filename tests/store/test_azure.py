@@ -33,13 +33,14 @@ from cfstore.remote.creation import check_conditional
 from cfstore.remote.locate import allows_http
 from cfstore.remote.retry import Retry
 
+pytestmark = pytest.mark.xdist_group("azurite")  # one server, gone when these tests are done
 Make = Callable[..., Any]
 ACCOUNT, KEY = "tests", base64.b64encode(b"a key of nothing").decode()
 QUICK = Retry(tries=4, first=0.001, most=0.002)
 _numbers = itertools.count()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of the emulator."""
     pytest.importorskip("obstore", reason="needs the extra [remote]")

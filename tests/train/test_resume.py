@@ -340,7 +340,9 @@ def test_a_run_killed_at_random_times_ends_as_if_nothing_had_happened(demo_store
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)]
+)
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_the_command_exits_with_75_when_asked_to_stop_and_130_on_ctrl_c(demo_store, tmp_path, number, code, jobs):
     out = tmp_path / "run"

@@ -1,13 +1,11 @@
-"""What docs/cluster.md says of SLURM, as far as it goes without one: its commands are stubs, its signals are sent."""
+"""What docs/cluster.md says of SLURM, on one: its daemons on this machine as two nodes. Without it, visibly skipped."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from ranked_runs import ROOT, SETTINGS, assert_same, environment, train
+from slurm_cluster import slurm_cluster
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
-OPTIONS = ("--set", "train.epochs=4", "--set", "train.accumulate=32")
+OPTIONS = ("--set", "train.epochs=8", "--set", "train.accumulate=32")
 
 
 @pytest.fixture(scope="module")
@@ -74,56 +73,89 @@ def test_a_submitit_job_goes_on_where_it_was_interrupted_and_its_result_is_that_
     assert_same(out, alone, tolerance=0)
 
 
-def stubs(folder):
-    """`srun`, which starts its words on every node (here: twice) and passes SIGTERM on; `scontrol`; torchrun."""
-    folder.mkdir()
-    commands = {
-        "srun": 'pids=\nfor i in $(seq "$SLURM_NNODES"); do "$@" & pids="$pids $!"; done\n'
-        "trap 'kill -TERM $pids' TERM\nwait; wait\n",
-        "scontrol": f'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$2" >> {folder}/requeued; fi\n',
-        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"\n',
-    }
-    for name, text in commands.items():
-        (folder / name).write_text(f"#!/bin/bash\n{text}")
-        (folder / name).chmod(0o755)
-    return folder
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    with slurm_cluster(tmp_path_factory.mktemp("cluster")) as made:
+        yield made
 
 
-def free_port():
-    """Below those that the system gives out, and as the script derives it from the number of a job."""
-    for port in range(20000 + os.getpid() % 5000, 30000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    raise AssertionError
+def here():
+    """Commands of this environment come first, and processes find each other on loopback."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**environment(), "PATH": path, "PET_LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def test_the_sbatch_script_trains_on_two_nodes_and_is_queued_again_before_its_time_is_over(alone, demo_store, tmp_path):
-    bash, out = shutil.which("bash"), tmp_path / "run"
-    here = stubs(tmp_path / "bin")
-    job = {
-        "PATH": f"{here}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": str(free_port()),
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_NNODES": "2",
-        "SLURM_GPUS_ON_NODE": "1",
-        "PET_LOCAL_ADDR": "127.0.0.1",  # torchrun would take the name of the machine
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    words = [bash, str(ROOT / "docs" / "slurm_torchrun.sh"), str(out), *options(demo_store)]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**environment(), **job})
-    until_it_trains(out, process)
-    process.send_signal(signal.SIGUSR1)
-    _, said = process.communicate(timeout=100)
-    assert "the checkpoints are written" in said
-    assert (here / "requeued").read_text() == f"{job['SLURM_JOB_ID']}\n"
-    assert not (out / "summary.json").exists()
-    words[3:] = options(demo_store)
-    job["SLURM_JOB_ID"] = str(free_port())
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200, env={**environment(), **job})
-    assert done.returncode == 0, done.stderr
-    assert (here / "requeued").read_text().count("\n") == 1
+def until_it_trains_in(slurm, job, out):
+    deadline = time.monotonic() + 100
+    while not list(out.glob("fold_*/checkpoint.safetensors")):
+        assert slurm.state(job) in ("PENDING", "RUNNING")
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_sbatch_script_trains_on_two_nodes_and_is_queued_again_before_its_time_is_over(
+    alone, demo_store, slurm, tmp_path
+):
+    out, log = tmp_path / "run", tmp_path / "log"
+    flags = ("--parsable", "--gpus-per-node=1", "--cpus-per-task=1", f"--output={log}")
+    words = ("sbatch", *flags, str(ROOT / "docs" / "slurm_torchrun.sh"), str(out), *options(demo_store))
+    job = slurm.ask(*words, **here())
+    until_it_trains_in(slurm, job, out)
+    slurm.ask("scancel", "--batch", "--signal=USR1", job)  # as SLURM does by `#SBATCH --signal=B:USR1@120`
+    assert slurm.wait(job) == "COMPLETED", log.read_text()
+    assert slurm.restarts(job) == 1
+    assert "stopped by SIGTERM; the checkpoints are written" in log.read_text()
+    provenance = json.loads((out / "provenance.json").read_text())
+    assert len(provenance["resumed"]) == 1
     assert_same(out, alone)
+
+
+def test_a_failed_run_of_the_sbatch_script_is_not_queued_again(demo_store, slurm, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    flags = ("--parsable", "--gpus-per-node=1", "--cpus-per-task=1", f"--output={log}")
+    words = ("sbatch", *flags, str(ROOT / "docs" / "slurm_torchrun.sh"), str(out), "--cohort", "NONE")
+    job = slurm.ask(*words, "--store", str(demo_store.path), **here())
+    assert slurm.wait(job) == "FAILED"
+    assert slurm.restarts(job) == 0
+    assert "NONE" in log.read_text()
+
+
+def test_the_batch_script_of_the_page_goes_on_where_it_was_warned(alone, demo_store, slurm, tmp_path):
+    page, out, log = (ROOT / "docs" / "cluster.md").read_text(), tmp_path / "run", tmp_path / "log"
+    (block,) = (each for each in page.split("```") if "-eq 75" in each)
+    begin = "--cohort GBMLGG"
+    assert block.count("runs/gbmlgg") == 2
+    assert block.count(begin) == 1
+    script = tmp_path / "script.sh"
+    text = block.replace("runs/gbmlgg", str(out)).replace(begin, " ".join(options(demo_store)))
+    script.write_text(f"#!/bin/bash{text}")
+    job = slurm.ask("sbatch", "--parsable", "--cpus-per-task=1", f"--output={log}", str(script), **here())
+    until_it_trains_in(slurm, job, out)
+    slurm.ask("scancel", "--signal=USR1", job)  # as SLURM does by `#SBATCH --signal=USR1@120`
+    assert slurm.wait(job) == "COMPLETED", log.read_text()
+    assert slurm.restarts(job) == 1
+    assert "stopped by SIGUSR1; the checkpoints are written" in log.read_text()
+    assert_same(out, alone, tolerance=0)
+
+
+def test_a_submitit_job_on_slurm_goes_on_where_it_was_warned(alone, demo_store, slurm, tmp_path):
+    pytest.importorskip("submitit")
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "docs" / "slurm_submitit.py"), str(out), *options(demo_store)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**here(), **slurm.environment},
+    )  # fmt: skip
+    until_it_trains(out, process)
+    job = slurm.ask("squeue", "--noheader", "--format=%i", "--name=submitit")
+    slurm.ask("scancel", "--signal=USR2", job)  # as SLURM does by the `--signal=USR2@120` of submitit
+    printed, said = process.communicate(timeout=240)
+    log = "".join(path.read_text() for path in tmp_path.glob("run.jobs/*.err"))
+    assert process.returncode == 0, said + log
+    assert slurm.restarts(job) == 1
+    assert "stopped by SIGUSR2; the checkpoints are written" in log
+    last = printed.splitlines()[-1]  # before it, submitit's warnings that this SLURM keeps no accounts
+    assert json.loads(last) == json.loads((out / "summary.json").read_text())["c_index_patient"]
+    assert_same(out, alone, tolerance=0)
 
 
 def test_the_submitit_example_needs_nothing_but_the_extra():
