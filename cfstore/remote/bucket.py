@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _PART_BYTES: Final = 16 << 20
+_SENT_IN_TIME: Final = 2 << 20  # bytes that a slow line, shared by many requests, takes within one timeout
 _MOST_CONDITIONAL: Final = 5 * 10**9  # one request takes no more, on any cloud
 _STATUS: Final = re.compile(r"status code: (\d{3})")
 _QUERY: Final = re.compile(r"\?[^\s|]+")  # may hold a signature
@@ -81,7 +82,8 @@ class Bucket:
     retry
         How often, and how long to wait between.
     timeout
-        Seconds without a byte after which a request counts as failed.
+        Seconds without a byte after which a request counts as failed; one that sends has as long for each 2 MiB,
+        because the client counts from the beginning until the answer.
     settings
         What the client is told besides what it finds in the environment; by default `settings_of(url)`, as the
         environment was when the bucket was made.
@@ -275,7 +277,7 @@ class Bucket:
     def _put_once(self, key: str, data: bytes, mode: Any) -> str | None:
         errors = _errors()
         try:
-            put = _obstore().put(self._client(), key, data, mode=mode, use_multipart=False)
+            put = _obstore().put(self._client(sends=len(data)), key, data, mode=mode, use_multipart=False)
         except (errors.AlreadyExistsError, errors.PreconditionError, FileNotFoundError) as error:
             # S3: another conditional request on the object has not ended yet. Azure: the object exists.
             if _status(error) == 409 and self.url.startswith("s3://"):
@@ -289,7 +291,8 @@ class Bucket:
 
     def _put_any(self, key: str, content: bytes | Path) -> str | None:
         def request(_: int) -> str | None:
-            put = _obstore().put(self._client(in_parts=True), key, content, chunk_size=_PART_BYTES, max_concurrency=4)
+            client = self._client(sends=_PART_BYTES, in_parts=True)
+            put = _obstore().put(client, key, content, chunk_size=_PART_BYTES, max_concurrency=4)
             etag: str | None = put["e_tag"]
             return etag
 
@@ -335,22 +338,24 @@ class Bucket:
         if not self.can_list:
             raise RemoteError(f"{self.url}: a web server cannot be {what}; use s3://, gs:// or az://")
 
-    def _client(self, *, in_parts: bool = False) -> ObjectStore:
-        key = (os.getpid(), self.url, self.settings, self.timeout, self._http, in_parts)
+    def _client(self, *, sends: int = 0, in_parts: bool = False) -> ObjectStore:
+        """A client whose requests send up to so many bytes; of as few kinds as will do."""
+        times = 1 << ((max(sends, 1) - 1) // _SENT_IN_TIME).bit_length()
+        key = (os.getpid(), self.url, self.settings, self.timeout, self._http, times, in_parts)
         client = _clients.get(key)
         if client is None:
             with _lock:
-                client = _clients.get(key) or self._opened(in_parts)
+                client = _clients.get(key) or self._opened(times, in_parts)
                 _clients[key] = client
         return client
 
-    def _opened(self, in_parts: bool) -> ObjectStore:
+    def _opened(self, times: int, in_parts: bool) -> ObjectStore:
         retries: dict[str, Any] = {} if in_parts else {"retry_config": _NO_RETRY}
         options = {
             "allow_http": self._http,
             "connect_timeout": timedelta(seconds=min(10.0, self.timeout)),
-            "read_timeout": timedelta(seconds=self.timeout),
-            "timeout": timedelta(seconds=20 * self.timeout),
+            "read_timeout": timedelta(seconds=times * self.timeout),
+            "timeout": timedelta(seconds=max(20, times) * self.timeout),
         }
         config: dict[str, Any] = {"config": dict(self.settings or ())} if self.settings else {}
         try:

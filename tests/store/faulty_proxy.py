@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Kind = Literal["status", "reset", "cut", "short", "lost", "gone", "slow", "hang"]
+Kind = Literal["status", "reset", "cut", "short", "lost", "gone", "slow", "hang", "sips"]
 
 
 @dataclass
@@ -21,7 +21,8 @@ class Fault:
 
     status: answers `status` instead. reset: connection reset before any answer. cut: the body ends half-way, then
     the connection. short: half of the body, announced as if it were all. lost: the server is asked, but its answer
-    never arrives. gone: 404. slow: `seconds` later. hang: no answer for `seconds`, then a reset.
+    never arrives. gone: 404. slow: `seconds` later. hang: no answer for `seconds`, then a reset. sips: takes what is
+    sent at a MiB in `seconds`.
     """
 
     kind: Kind
@@ -111,13 +112,20 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         line = f"{self.command} {self.path}"
         self.proxy.enter(f"{line} {self.headers.get('Range', '')}".strip())
         try:
-            self._answer(self.proxy.fault_for(line), body)
+            fault = self.proxy.fault_for(line)
+            self._answer(fault, self._body(fault.seconds if fault and fault.kind == "sips" else 0))
         finally:
             self.proxy.leave()
+
+    def _body(self, pause: float) -> bytes:
+        length, body = int(self.headers.get("Content-Length") or 0), bytearray()
+        while len(body) < length and (piece := self.rfile.read(min(1 << 20, length - len(body)))):
+            body += piece
+            time.sleep(pause)
+        return bytes(body)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward  # noqa: N815 - names of the standard library
 

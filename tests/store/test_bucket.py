@@ -232,6 +232,17 @@ def test_a_server_that_does_not_answer_is_given_up_after_the_timeout(bucket, s3)
         quick.get("a")
 
 
+@pytest.mark.parametrize(("n_mib", "options"), [(12, {"if_absent": True}), (12, {}), (40, {})])
+def test_a_slow_line_is_no_reason_to_give_up_while_it_takes_what_is_sent(bucket, s3, n_mib, options):
+    """A part of 16 MiB takes longer than 30 s where 32 of them share 100 Mbit/s."""
+    content = bytes(n_mib << 20)
+    once = Bucket(bucket.url, retry=Retry(1), timeout=0.5)
+    s3.faults.append(Fault("sips", "PUT", times=99, seconds=0.08))
+    once.put("a", content, **options)
+    assert bucket.head("a").size == len(content)
+    assert s3.count("PUT") == (1 if n_mib < 16 else 3)
+
+
 @pytest.mark.parametrize("kind", ["status", "reset", "cut", "short"])
 def test_what_stays_is_an_error_that_says_what_and_how_often(bucket, s3, kind):
     bucket.put("a", b"0123456789")
