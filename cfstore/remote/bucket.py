@@ -1,7 +1,7 @@
 """Objects of one store on object storage: read by ranges, written whole, every request tried again.
 
-obstore (the Rust crate object_store) speaks to the servers. Its own retries are off for all but uploads in parts:
-they do not reach into a body that is cut short, and would hide how often was tried.
+obstore (the Rust crate object_store) speaks to the servers. Its own retries are off for all but uploads in parts, where
+they save sending the others again: they do not reach into a body that is cut short, and hide how often was tried.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _SENT_IN_TIME: Final = 2 << 20  # bytes that a slow line, shared by many request
 _MOST_CONDITIONAL: Final = 5 * 10**9  # one request takes no more, on any cloud
 _STATUS: Final = re.compile(r"status code: (\d{3})")
 _QUERY: Final = re.compile(r"\?[^\s|]+")  # may hold a signature
+_ENDED: Final = re.compile("InvalidBlockList|NoSuchUpload")  # Azure; some servers of S3's protocol
 _TEMPORARY: Final = (408, 409, 425, 429)
 _PLAIN_MD5: Final = re.compile(r'^"?([0-9a-f]{32})"?$')
 _NO_RETRY: Final = {
@@ -291,8 +292,17 @@ class Bucket:
 
     def _put_any(self, key: str, content: bytes | Path) -> str | None:
         def request(_: int) -> str | None:
-            client = self._client(sends=_PART_BYTES, in_parts=True)
-            put = _obstore().put(client, key, content, chunk_size=_PART_BYTES, max_concurrency=4)
+            size = len(content) if isinstance(content, bytes) else content.stat().st_size
+            in_parts = size > _PART_BYTES
+            client = self._client(sends=min(size, _PART_BYTES), in_parts=in_parts)
+            try:
+                put = _obstore().put(
+                    client, key, content, use_multipart=in_parts, chunk_size=_PART_BYTES, max_concurrency=4
+                )
+            except (FileNotFoundError, _errors().BaseError) as error:
+                if _ENDED.search(str(error)):  # the upload had ended, its answer got lost, and it was ended once more
+                    raise TemporaryError(_line(error)) from error
+                raise
             etag: str | None = put["e_tag"]
             return etag
 

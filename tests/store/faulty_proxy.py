@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
+INJECTED = b"<Error>injected</Error>"
 Kind = Literal["status", "reset", "cut", "short", "lost", "gone", "slow", "hang", "sips"]
 
 
@@ -136,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         if kind in ("reset", "hang"):
             return self._reset()
         if fault and kind in ("status", "gone"):
-            return self._send(404 if kind == "gone" else fault.status, {}, b"<Error>injected</Error>")
+            return self._send(404 if kind == "gone" else fault.status, {}, INJECTED)
         status, headers, answer = self._ask(body)
         self.proxy.asked(f"{self.command} {self.path}")
         if kind == "lost":

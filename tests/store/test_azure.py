@@ -190,6 +190,16 @@ def test_a_conditional_write_whose_answer_was_lost_has_won(url: str, proxy: Faul
     assert bucket.fetch("x", unless=etag) is None
 
 
+def test_an_upload_in_parts_whose_answer_was_lost_is_whole(url: str, proxy: FaultyProxy) -> None:
+    """Its parts are no parts any more when the client says once more that these make the object."""
+    bucket, content = Bucket(url, retry=QUICK), np.random.default_rng(0).bytes(20 << 20)
+    proxy.faults.append(Fault("lost", "PUT .*comp=blocklist"))
+    etag = bucket.put("x", content)
+    assert proxy.faults[0].hits == 1
+    fetched = bucket.fetch("x")
+    assert (fetched.data, fetched.etag) == (content, etag)
+
+
 def test_a_server_that_fails_is_asked_again_and_a_wrong_key_is_refused_at_once(
     url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

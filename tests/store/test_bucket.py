@@ -253,6 +253,33 @@ def test_what_stays_is_an_error_that_says_what_and_how_often(bucket, s3, kind):
     assert s3.faults[0].hits == 4
 
 
+@pytest.mark.parametrize("options", [{"if_absent": True}, {}])
+def test_what_fits_into_one_request_is_sent_as_often_as_is_said(bucket, s3, options):
+    s3.faults.append(Fault("status", "PUT", times=99))
+    with pytest.raises(RemoteError, match="cannot write it, 4 times in a row"):
+        bucket.put("a", b"0123456789", **options)
+    assert s3.count("PUT") == 4
+
+
+@pytest.mark.parametrize("where", ["PUT .*partNumber=2", r"POST .*uploads=$", "POST .*uploadId="])
+def test_an_upload_in_parts_survives_an_answer_that_gets_lost(bucket, s3, where):
+    content = bytes(range(256)) * (80 << 10)
+    s3.faults.append(Fault("lost", where))
+    assert bucket.put("a", content) == bucket.head("a").etag
+    assert s3.faults[0].hits == 1
+    assert bucket.get("a") == content
+
+
+def test_a_server_that_knows_an_upload_no_more_once_it_has_ended_gets_it_again(bucket, s3, monkeypatch):
+    """As MinIO does; the server of these tests, and Amazon's for some minutes, answer as the first time."""
+    content, at = bytes(range(256)) * (80 << 10), "POST .*uploadId="
+    s3.faults += [Fault("lost", at), Fault("status", at, status=404)]
+    monkeypatch.setattr("faulty_proxy.INJECTED", b"<Error><Code>NoSuchUpload</Code></Error>")
+    assert bucket.put("a", content) == bucket.head("a").etag
+    assert [fault.hits for fault in s3.faults] == [1, 1]
+    assert bucket.get("a") == content
+
+
 def test_forbidden_is_not_asked_for_again(bucket, s3):
     s3.faults.append(Fault("status", status=403, times=99))
     with pytest.raises(RemoteError, match="credentials"):
