@@ -156,7 +156,7 @@ class DerivedReader:
         place = self._places[derivation][slide_id]
         path = self._root / place.file
         try:
-            opened = self._opened(path, place, slide_id)
+            return self._values(derivation, path, place, slide_id)
         except FileNotFoundError as error:  # a copy of it may be elsewhere
             if self._remote:
                 with self._lock:
@@ -177,22 +177,39 @@ class DerivedReader:
             with self._lock:
                 self._places[derivation][slide_id] = found
             return self._read(derivation, slide_id)
-        with opened:
+
+    def _values(self, derivation: Derivation, path: Path, place: _Place, slide_id: str) -> NDArray[Any]:
+        """The array of a place, as it was written; what is something else is fetched from a server once more."""
+        try:
+            try:
+                return self._checked(derivation, path, place, slide_id, afresh=False)
+            except StoreFormatError:
+                if self._remote is None:
+                    raise
+                self._footers.pop(place.file, None)
+                return self._checked(derivation, path, place, slide_id, afresh=True)
+        except StoreFormatError as error:
+            raise StoreFormatError(f"slide {slide_id}: {error}") from error
+
+    def _checked(
+        self, derivation: Derivation, path: Path, place: _Place, slide_id: str, *, afresh: bool
+    ) -> NDArray[Any]:
+        with self._opened(path, place, slide_id, afresh=afresh) as opened:
             self._footers.setdefault(place.file, opened.metadata)  # parsed once
             values = derived_files.read_values(path, opened, derivation, place.row_group)
         if derived_files.digest_of(values) != place.digest:
-            raise StoreFormatError(f"slide {slide_id}: {derived_files.damaged(path, 'not what was written')}")
+            raise derived_files.damaged(path, "not what was written")
         return values
 
-    def _opened(self, path: Path, place: _Place, slide_id: str) -> pq.ParquetFile:
-        """The file of a place; FileNotFoundError where it is gone."""
+    def _opened(self, path: Path, place: _Place, slide_id: str, *, afresh: bool) -> pq.ParquetFile:
+        """The file of a place; FileNotFoundError where it is gone. `afresh`: not from a cache."""
         footer = self._footers.get(place.file)
         if self._remote is None:
             return derived_files.open_file(path, footer)
         remote = self._remote
 
         def fetch(start: int, stop: int) -> memoryview:
-            return remote.fetch(place.file, start, stop, (self._encoder, slide_id))
+            return remote.fetch(place.file, start, stop, (self._encoder, slide_id), afresh=afresh)
 
         try:
             if footer is None:

@@ -119,10 +119,13 @@ class RemoteParts:
         if kept and self._cache:
             self._cache.touch(kept)
 
-    def fetch(self, file: str, start: int, stop: int, slide: tuple[str, str]) -> memoryview:
-        """Some bytes of a file, kept as bytes of that slide. Raises as `fill`."""
+    def fetch(self, file: str, start: int, stop: int, slide: tuple[str, str], *, afresh: bool = False) -> memoryview:
+        """Some bytes of a file, kept as bytes of that slide; `afresh`: not what was kept. Raises as `fill`.
+
+        They are kept unseen: who finds that they are not what was written asks for them afresh.
+        """
         name, key = range_name(file, start, stop), slide_name(self._uuid, *slide)
-        if self._cache and (found := self._cache.read(key, name, stop - start)) is not None:
+        if self._cache and not afresh and (found := self._cache.read(key, name, stop - start)) is not None:
             self._cache.touch(key)
             return found.data
         data = self._request(file, start, stop)

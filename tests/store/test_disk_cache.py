@@ -18,7 +18,9 @@ from buckets import upload
 
 import cfstore
 from cfstore import IngestOptions
-from cfstore.errors import CacheError
+from cfstore.derivation import Derivation
+from cfstore.errors import CacheError, StoreFormatError
+from cfstore.remote.bucket import Bucket
 from cfstore.remote.disk_cache import CacheWarning, DiskCache, cache_at, parse_cache, range_name, slide_name
 
 MB = 1_000_000
@@ -298,3 +300,35 @@ def test_a_full_disk_does_not_stop_a_reader(remote, monkeypatch, tmp_path):
     with pytest.warns(CacheWarning, match="the disk is full"):
         found = store.slide("s1")
     np.testing.assert_array_equal(found.bags[20].features, local.slide("s1").bags[20].features)
+
+
+def test_derived_bytes_that_were_damaged_are_fetched_again_once_the_server_has_them_right(remote, tmp_path):
+    local, url, cache = remote
+    wanted = [Derivation.nearest(20, 2)]
+    local.derive(wanted, jobs=1)
+    upload(local.path, url)
+    (path,) = (local.path / "derived").rglob("*.parquet")
+    bucket, key, right = Bucket(url), path.relative_to(local.path).as_posix(), path.read_bytes()
+    bucket.put(key, right[:8] + bytes(192) + right[200:])
+    with pytest.raises(StoreFormatError, match=f"^slide s1: {url}/{key}: damaged"):
+        cfstore.open(url, cache=cache).derived(wanted, "uni", ["s1"]).read("s1")
+    bucket.put(key, right)
+    found = cfstore.open(url, cache=cache).derived(wanted, "uni", ["s1"]).read("s1")
+    expected = local.derived(wanted, "uni", ["s1"]).read("s1")
+    np.testing.assert_array_equal(found[wanted[0]], expected[wanted[0]])
+
+
+@pytest.mark.parametrize("which", [-1, 0], ids=["footer", "values"])
+def test_derived_bytes_that_are_whole_in_the_cache_but_not_the_stores_are_fetched_again(remote, s3, tmp_path, which):
+    local, url, cache = remote
+    wanted = [Derivation.mean(20)]
+    local.derive(wanted, jobs=1)
+    upload(local.path, url)
+    cfstore.open(url, cache=cache).derived(wanted, "uni", ["s1"]).read("s1")
+    kept = sorted((tmp_path / "cache" / "kept").glob("*/*/*"), key=lambda path: path.stat().st_size)
+    path = kept[which]
+    DiskCache(tmp_path / "cache").keep(path.parent.name, path.name, memoryview(bytes(path.stat().st_size - 32)))
+    before = s3.count("GET .*derived")
+    found = cfstore.open(url, cache=cache).derived(wanted, "uni", ["s1"]).read("s1")
+    np.testing.assert_array_equal(found[wanted[0]], local.derived(wanted, "uni", ["s1"]).read("s1")[wanted[0]])
+    assert s3.count("GET .*derived") - before == 2
