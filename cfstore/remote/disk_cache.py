@@ -115,7 +115,7 @@ class DiskCache:
             (folder / "lock").touch()
             if limit is not None:
                 self._write(folder / "limit", str(limit).encode())
-            self.limit = int((folder / "limit").read_text())
+            self.limit = self._said_last()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CacheError(f"{folder}: cannot be a cache ({reason}); name another folder or mend this one") from error
@@ -154,9 +154,13 @@ class DiskCache:
     def keep(self, slide: str, name: str, data: memoryview) -> None:
         """Keep the bytes of a range; other slides may go for it. Warns and stops keeping where the disk is full."""
         nbytes = len(data) + _TRAILER.size
-        if self._off or nbytes > self.limit:
+        if self._off:
             return
         try:
+            with suppress(ValueError):
+                self.limit = self._said_last()  # by another process meanwhile
+            if nbytes > self.limit:
+                return
             self._put(slide, name, data)
             if self._count(nbytes) > self.limit:
                 self._make_room()
@@ -197,13 +201,16 @@ class DiskCache:
         """Bytes kept, counted."""
         return sum(nbytes for _, nbytes, _ in self._slides())
 
+    def _said_last(self) -> int:
+        """The limit, of whoever named one last."""
+        return int((self.folder / "limit").read_text())
+
     def _count(self, more: int) -> int:
         """Add to the number of bytes kept, of all processes."""
         with self._held("used") as handle:
-            written = os.pread(handle, 32, 0) or b"0"
-            count = int(written) + more if written.isdigit() else self.limit + 1  # cut short: count anew
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, str(count).encode(), 0)
+            written = os.pread(handle, 32, 0)
+            count = int(written) + more if written.isdigit() else self.limit + 1  # none, or cut short: count anew
+            _write_count(handle, count)
             return count
 
     def _make_room(self) -> None:
@@ -223,8 +230,7 @@ class DiskCache:
                     discard(gone)
                     used -= nbytes
             with self._held("used") as handle:
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, str(used).encode(), 0)
+                _write_count(handle, used)
 
     def _slides(self) -> Iterator[tuple[float, int, Path]]:
         """When last used, bytes, and folder of every slide."""
@@ -259,6 +265,12 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return [entry for entry in os.scandir(folder) if entry.is_dir()]
     except FileNotFoundError:
         return []
+
+
+def _write_count(handle: int, count: int) -> None:
+    """In the place of the one before, so that there is one at any moment."""
+    os.pwrite(handle, f"{count:020}".encode(), 0)
+    os.ftruncate(handle, 20)
 
 
 def _trailer(data: memoryview) -> bytes:

@@ -143,13 +143,41 @@ def test_a_smaller_limit_named_later_holds_for_what_is_there(tmp_path):
     assert smaller.used() <= MB
 
 
-def test_a_count_that_was_cut_short_is_counted_anew(tmp_path):
+def test_a_smaller_limit_named_by_another_process_holds_for_those_that_are_at_work(tmp_path):
+    cache = DiskCache(tmp_path, 4 * MB)
+    cache.keep(slide_name("0"), "range", memoryview(content(0)))
+    DiskCache(tmp_path, MB)
+    for number in range(30):
+        cache.keep(slide_name(str(number)), "range", memoryview(content(number)))
+        assert cache.used() <= MB
+
+
+@pytest.mark.parametrize("left", [b"5\x00", b"", b"x"])
+def test_a_count_that_was_cut_short_is_counted_anew(tmp_path, left):
     cache = DiskCache(tmp_path, MB)
     for number in range(5):
         cache.keep(slide_name(str(number)), "range", memoryview(content(number)))
-    (tmp_path / "used").write_bytes(b"5\x00")
+    (tmp_path / "used").write_bytes(left)
     cache.keep(slide_name("5"), "range", memoryview(content(5)))
     assert int((tmp_path / "used").read_text()) == cache.used()
+
+
+def test_a_disk_that_is_full_when_bytes_are_counted_does_not_make_the_next_process_forget_them(tmp_path, monkeypatch):
+    cache = DiskCache(tmp_path, MB)
+    for number in range(9):
+        cache.keep(slide_name(str(number)), "range", memoryview(content(number)))
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.warns(CacheWarning, match="the disk is full"):
+            cache.keep(slide_name("9"), "range", memoryview(content(9)))
+    later = DiskCache(tmp_path)
+    for number in range(10, 19):
+        later.keep(slide_name(str(number)), "range", memoryview(content(number)))
+    assert later.used() <= MB + len(content(9)) + 32
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
