@@ -368,8 +368,11 @@ class Bucket:
             "timeout": timedelta(seconds=max(20, times) * self.timeout),
         }
         config: dict[str, Any] = {"config": dict(self.settings or ())} if self.settings else {}
+        # A web address is no cloud's whatever its host: by https://ACCOUNT.blob.core.windows.net/... obstore would look
+        # for credentials where it should ask.
+        opens = _stores().from_url if self.can_list else _stores().HTTPStore.from_url
         try:
-            opened: ObjectStore = _stores().from_url(self.url, client_options=options, **config, **retries)
+            opened: ObjectStore = opens(self.url, client_options=options, **config, **retries)
         except (ValueError, _errors().BaseError) as error:
             raise RemoteError(f"{self.url}: cannot be opened ({_line(error)})") from error
         return opened
@@ -400,7 +403,10 @@ class Bucket:
         if isinstance(error, FileNotFoundError) and _is_remote(error):
             return RemoteObjectMissingError(f"{self.shown(key)}: there is no such object")
         if isinstance(error, (PermissionError, errors.PermissionDeniedError, errors.UnauthenticatedError)):
-            return RemoteError(f"{self.shown(key)}: the server forbids to {what} it; check the cloud's credentials")
+            remedy = "check the cloud's credentials"
+            if not self.can_list:
+                remedy = "a web address is asked without credentials: with them, use s3://, gs:// or az://"
+            return RemoteError(f"{self.shown(key)}: the server forbids to {what} it; {remedy}")
         status = _status(error)
         no_ranges = isinstance(error, errors.NotSupportedError) or "non-partial response" in str(error)
         final = isinstance(error, OSError | ValueError) or no_ranges
