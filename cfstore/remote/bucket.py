@@ -414,6 +414,8 @@ class Bucket:
             final = True
         if not final:
             return TemporaryError(_line(error))
+        if status == 404 and what == "list":  # a folder that holds nothing is a list without entries
+            return RemoteError(f"{self.url}: there is no such bucket; make it first, or mend the address")
         if status == 416:
             return RemoteObjectChangedError(f"{self.shown(key)}: is shorter than what was written")
         if no_ranges:

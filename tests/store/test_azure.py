@@ -255,3 +255,8 @@ def test_three_writers_at_once_lose_nothing(
 def test_there_is_no_store_in_an_empty_container(url: str) -> None:
     with pytest.raises(StoreNotFoundError, match="no store there"):
         cfstore.open(url)
+
+
+def test_a_container_that_is_not_there_is_an_error_that_says_so(proxy: FaultyProxy) -> None:
+    with pytest.raises(RemoteError, match=r"^az://never-made/store: there is no such bucket; make it first"):
+        cfstore.open("az://never-made/store", create=True)

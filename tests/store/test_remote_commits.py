@@ -475,6 +475,11 @@ def test_a_prefix_of_something_else_is_not_made_a_store(bucket_url: str) -> None
         cfstore.open(bucket_url, create=True)
 
 
+def test_a_bucket_that_is_not_there_is_an_error_that_says_so(s3: FaultyProxy) -> None:
+    with pytest.raises(RemoteError, match=r"^s3://never-made/store: there is no such bucket; make it first"):
+        cfstore.open("s3://never-made/store", create=True)
+
+
 def test_a_bucket_that_lost_its_catalog_gets_no_empty_one(folder: Path, bucket_url: str) -> None:
     store = cfstore.open(bucket_url, create=True)
     store.ingest(folder)
