@@ -299,10 +299,14 @@ _holding = threading.Lock()
 def _hold(root: Path) -> None:
     """Keep a snapshot from being swept until this process ends."""
     with _holding:
-        if root not in _held:
-            handle = os.open(root / REMOTE_FILE, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(handle, fcntl.LOCK_SH)
-            _held[root] = handle
+        held = _held.get(root)
+        if held is not None and os.path.samestat(os.fstat(held), (root / REMOTE_FILE).stat()):
+            return
+        handle = os.open(root / REMOTE_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        _held[root] = handle
+        if held is not None:
+            os.close(held)  # of one that was deleted, and made again
 
 
 def _sweep(mirror: Path, current: Path) -> None:

@@ -93,6 +93,12 @@ def connect(root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 
 def _catalog_of(root: Path) -> Path:
     path = root / CATALOG_FILE
+    if not root.exists():
+        message = (
+            f"{root}: the folder is gone (of a store on object storage: its mirror, in the cache or below $TMPDIR); "
+            "open the store again"
+        )
+        raise StoreFormatError(message)
     if not path.exists():
         message = f"{path}: the catalog is missing; `cfstore reindex` rebuilds it from the shards"
         raise StoreFormatError(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from buckets import upload
 from faulty_proxy import Fault
 
 import cfstore
 from cfstore import IngestOptions, StoreError
+from cfstore.errors import StoreFormatError
+from cfstore.locks import try_lock
 from cfstore.mirrors import mirrors_folder, open_mirror
-from cfstore.remote.disk_cache import parse_cache
+from cfstore.remote.disk_cache import CacheWarning, parse_cache
 
 _OPEN = (
     "import sys, cfstore\n"
@@ -117,6 +121,22 @@ def test_without_a_cache_mirrors_lie_where_nobody_else_writes(store, bucket_url,
         open_mirror(bucket_url)
     setting = parse_cache(f"disk:{tmp_path / 'cache'}:1GB")
     assert open_mirror(bucket_url, setting).is_relative_to(tmp_path / "cache")
+
+
+def test_a_mirror_that_was_deleted_under_an_open_store_is_no_reason_to_rebuild_the_catalog(store, bucket_url, tmp_path):
+    opened = cfstore.open(bucket_url, cache=f"disk:{tmp_path / 'cache'}:100MB")
+    reader = opened.reader("uni", [20], ["s1"])
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.warns(CacheWarning, match="reading goes on without"):
+        np.testing.assert_array_equal(reader.read("s1").bags[20].features, store.slide("s1").bags[20].features)
+    for ask in (lambda: opened.sql("SELECT 1"), lambda: opened.slide("s1"), lambda: opened.reader("uni", [20], ["s1"])):
+        with pytest.raises(StoreFormatError, match=rf"^{bucket_url}: .*its mirror.*open the store again$") as caught:
+            ask()
+        assert "reindex" not in str(caught.value)
+    again = cfstore.open(bucket_url, cache=f"disk:{tmp_path / 'cache'}:100MB")
+    assert again.slide("s1").bags.keys() == store.slide("s1").bags.keys()
+    with (again.path / "remote.json").open("rb") as file:
+        assert not try_lock(file.fileno())  # it is held as the one before it was: nobody sweeps it
 
 
 def test_unchanged_tables_are_not_downloaded_again(store, tmp_path, make_cohort, bucket_url, s3):
