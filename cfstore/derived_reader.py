@@ -17,7 +17,14 @@ from cfstore import derived_files
 from cfstore.catalog import connect
 from cfstore.derivation import Derivation
 from cfstore.derived_tables import derived_now, has_table
-from cfstore.errors import DamagedShardError, NotDerivedError, RemoteError, SlideNotFoundError, StoreFormatError
+from cfstore.errors import (
+    DamagedShardError,
+    NotDerivedError,
+    RemoteError,
+    SlideNotFoundError,
+    StoreError,
+    StoreFormatError,
+)
 from cfstore.mirrors import refreshed, remote_of
 from cfstore.remote_parquet import open_row_group, read_footer
 from cfstore.remote_parts import RemoteParts
@@ -159,8 +166,11 @@ class DerivedReader:
             return self._values(derivation, path, place, slide_id)
         except FileNotFoundError as error:  # a copy of it may be elsewhere
             if self._remote:
-                with self._lock:
-                    self._root = refreshed(self._root)
+                try:
+                    with self._lock:
+                        self._root = refreshed(self._root)
+                except StoreError as failed:
+                    raise type(failed)(f"slide {slide_id}: {error}; looking where it is now: {failed}") from error
             found = find_derived(self._root, [derivation], self._encoder, [slide_id])[derivation].get(slide_id)
             if found is not None and found.source != place.source:
                 message = (

@@ -141,7 +141,9 @@ def open_mirror(url: str, cache: CacheSetting | None = None) -> Path:
 def refreshed(root: Path) -> Path:
     """A snapshot, of the store that `root` is a snapshot of, as it is now. Raises as `open_mirror`."""
     remote = remote_of(root)
-    assert remote is not None  # noqa: S101 - asked for snapshots only
+    if remote is None:
+        message = f"{root}: its mirror is gone, in the cache or below $TMPDIR; open the store again"
+        raise StoreNotFoundError(message)
     cache = cache_at(Path(remote.cache)) if remote.cache else None
     return open_mirror(remote.url, CacheSetting(cache.folder, cache.limit) if cache else None)
 

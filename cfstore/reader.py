@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cfstore.errors import DamagedShardError, RemoteError, SlideNotFoundError
+from cfstore.errors import DamagedShardError, RemoteError, SlideNotFoundError, StoreError
 from cfstore.mirrors import refreshed, remote_of
 from cfstore.parts import LocalParts
 from cfstore.places import COORD_BYTES, BagPlace, Layout, find_bags, lay_out, row_range
@@ -294,11 +294,16 @@ class SlideReader:
             It lies where it lay; names the slide.
         SlideNotFoundError
             What lies there now are other bags.
+        StoreError
+            The catalog cannot be looked at; names the slide.
         """
         message = f"slide {slide_id}: {error}"
         if isinstance(self._parts, RemoteParts):
-            with self._lock:
-                self._root = refreshed(self._root)
+            try:
+                with self._lock:
+                    self._root = refreshed(self._root)
+            except StoreError as failed:
+                raise type(failed)(f"{message}; looking where it is now: {failed}") from error
         try:
             found = find_bags(self._root, self._encoder, self._scales, [slide_id])[slide_id]
         except SlideNotFoundError:

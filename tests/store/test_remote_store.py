@@ -315,6 +315,30 @@ def test_an_object_that_vanished_is_an_error_that_names_slide_and_object(tmp_pat
         list(remote.reader("uni", [20], SLIDES).stream(["s3", "s2"]))
 
 
+@pytest.mark.parametrize(
+    ("what", "words"), [("catalog", "times in a row"), ("store", "no store there"), ("mirror", "open the store again")]
+)
+def test_an_object_that_vanished_with_what_says_where_it_is_now_still_names_slide_and_object(
+    tmp_path, folder, bucket_url, s3, what, words
+):
+    local = ingested(tmp_path, folder)
+    wanted = [Derivation.mean(20)]
+    local.derive(wanted, jobs=1)
+    upload(local.path, bucket_url)
+    remote = cfstore.open(bucket_url)
+    reader, derived = remote.reader("uni", [20], ["s2"]), remote.derived(wanted, "uni", ["s2"])
+    s3.faults.append(Fault("gone", "(GET|HEAD) .*(c/0/0|derived)", times=999))
+    if what == "catalog":
+        s3.faults.append(Fault("status", "HEAD .*catalog", times=999))
+    elif what == "store":
+        Bucket(bucket_url).delete(["store.json", "catalog.duckdb"])
+    else:
+        shutil.rmtree(remote.path)
+    for read, file in ((reader.read, "features"), (derived.read, "derived")):
+        with pytest.raises(StoreError, match=rf"^slide s2: {bucket_url}/{file}/.*{words}"):
+            read("s2")
+
+
 def test_a_shard_that_was_compacted_meanwhile_is_followed(tmp_path, folder, bucket_url):
     local, remote = pair(tmp_path, folder, bucket_url)
     reader = remote.reader("uni", [20], ["s2"])
