@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Final
@@ -25,10 +26,18 @@ class StopRequest:
         return self.by is not None
 
 
+_listener: ContextVar[StopRequest | None] = ContextVar("listener", default=None)
+
+
 @contextmanager
 def listening(also: Callable[[], signal.Signals | None] = lambda: None) -> Iterator[StopRequest]:
-    """Note the signals in place of dying of them; a second Ctrl-C kills at once."""
-    request = StopRequest(also=also)
+    """Note the signals in place of dying of them; a second Ctrl-C kills at once.
+
+    Who begins to listen while somebody does already hears of what that one was asked before.
+    """
+    before_us = _listener.get()
+    request = StopRequest(also=lambda: also() or (before_us.by if before_us else None))
+    token = _listener.set(request)
 
     def note(number: int, frame: FrameType | None) -> None:
         if request.by is signal.SIGINT and number == signal.SIGINT:
@@ -39,5 +48,12 @@ def listening(also: Callable[[], signal.Signals | None] = lambda: None) -> Itera
     try:
         yield request
     finally:
+        _listener.reset(token)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def asked() -> signal.Signals | None:
+    """The signal that asked the innermost listener, or one around it, to stop; None while nobody listens."""
+    request = _listener.get()
+    return request.by if request else None

@@ -21,6 +21,7 @@ from cftrain.experiment import Watcher, train_runs
 from cftrain.extras import derivation_of, derive_missing
 from cftrain.memory import EVERYTHING, Allowance
 from cftrain.report import write_report
+from cftrain.stopping import asked
 from cftrain.sweep.jobs import Job, Outcome, c_index
 
 _POLL_SECONDS: Final = 1.0
@@ -131,7 +132,13 @@ def _derive(job: Job, config: RunConfig, watch: Watcher) -> None:
     with run_directory.waiting(job.run.out.parent, f"derive-{job.run.cohort}-{job.run.encoder}".replace("/", "_")):
         data = load_data(job.store, config.data, {name: config.scales()}, config.order_seed, {name: extras})
         slide_ids = [slide.slide_id for slide in data.cohort.slides]
-        derive_missing(data.store, data.cohort.encoder, extras, slide_ids, watch.on_derive)
+
+        def told(done: int, total: int) -> None:
+            watch.on_derive(done, total)
+            if number := asked():  # it may take hours, and keeps what it has
+                raise StoppedError(f"stopped by {number.name}", int(number))
+
+        derive_missing(data.store, data.cohort.encoder, extras, slide_ids, told)
 
 
 def _telling(tick: Callable[[], None]) -> Watcher:

@@ -352,6 +352,30 @@ def test_a_sweep_that_is_asked_to_stop_can_be_gone_on_with(store, tmp_path, jobs
     assert not (tmp_path / "runs" / "failed").exists()
 
 
+@pytest.mark.parametrize("model", ["abmil", "mean-cox"])
+def test_a_signal_that_comes_while_a_job_gets_its_data_ready_stops_it_before_it_trains(tmp_path, monkeypatch, model):
+    """SLURM sends it once, and kills two minutes later."""
+    from cftrain.sweep import work
+
+    def signalled(loading):
+        def load(*given, **named):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return loading(*given, **named)
+
+        return load
+
+    (tmp_path / "cohorts").mkdir()
+    store = two_cohorts(tmp_path / "cohorts")  # of its own: with nothing derived
+    place = "cftrain.experiment.load_data" if model == "abmil" else "cftrain.sweep.work.load_data"
+    monkeypatch.setattr(place, signalled(work.load_data))
+    plan = write_plan(tmp_path / "plan.toml", store, cohorts=("ONE",), models=(model,), epochs=500)
+    done = sweep(plan)
+    assert done.exit_code == 75, done.output
+    assert "stopped by SIGTERM" in done.stderr
+    assert not any(path.read_text() for path in (tmp_path / "runs").glob("*/fold_*/metrics.jsonl"))
+    assert not (tmp_path / "runs" / "failed").exists()
+
+
 # -- what a person sees ------------------------------------------------------------------------------
 
 
