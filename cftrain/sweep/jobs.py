@@ -84,11 +84,11 @@ def state(job: Job) -> State:
     """How far a job is."""
     if finished(job.run):
         return State.DONE
+    if job.error_file.exists():  # of a fold that is finished: the run could not be put together
+        return State.FAILED
     nested = job.run.config.has_inner
     if job.fold is not None and fold_finished(job.run.out, job.fold, nested=nested):
         return State.DONE
-    if job.error_file.exists():
-        return State.FAILED
     own = begun(job.run.out) if job.fold is None else fold_directory(job.run.out, job.fold).exists()
     return State.BEGUN if own else State.MISSING
 

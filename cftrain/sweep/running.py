@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Final
@@ -14,11 +14,11 @@ from cfstore import StoreError
 from cftrain import run_directory
 from cftrain.apart import close, fold_numbers
 from cftrain.compare import Comparison, compare, to_html, to_markdown
-from cftrain.errors import StoppedError, TrainError
+from cftrain.errors import RunError, StoppedError, TrainError
 from cftrain.report import write_report
 from cftrain.stopping import StopRequest, listening
 from cftrain.sweep.engines import Engine, Listener
-from cftrain.sweep.jobs import Job, State, error_of, finished, state
+from cftrain.sweep.jobs import Job, Outcome, State, error_of, finished, runs_of, state
 from cftrain.sweep.plan import Plan, Run, check_held
 from cftrain.sweep.work import note_error
 
@@ -33,7 +33,7 @@ class Finished:
     Parameters
     ----------
     failed
-        Jobs that failed, each with its error in one line.
+        Jobs that are not done, each with its error in one line.
     comparison
         Of the runs that have results; None where there is none.
     """
@@ -113,14 +113,39 @@ def run_sweep(
     with run_directory.held(plan.out):
         jobs = jobs_of(plan)
         on_jobs(jobs)
+        errors = _Errors(listener)
         with listening() as stop:
-            engine([job for job in jobs if state(job) is not State.DONE], command, listener, stop)
+            engine([job for job in jobs if state(job) is not State.DONE], command, errors, stop)
             if stop:
                 raise _stopped(stop)
-            for run in plan.runs:
-                _close(plan, run)
-        failed = tuple((job, error_of(job)) for job in jobs if state(job) is State.FAILED)
+            undone = [job for run in runs_of(jobs) for job in _undone(plan, run, jobs, errors)]
+        failed = tuple((job, errors.of(job)) for job in undone)
         return Finished(jobs, failed, _compared(plan))
+
+
+@dataclass
+class _Errors:
+    """A listener that keeps what jobs said went wrong, for where that cannot be written: a disk that is full."""
+
+    listener: Listener
+    said: dict[str, str] = field(default_factory=dict)
+
+    def began(self, job: Job) -> None:
+        self.listener.began(job)
+
+    def note(self, text: str) -> None:
+        self.listener.note(text)
+
+    def tick(self) -> None:
+        self.listener.tick()
+
+    def ended(self, job: Job, outcome: Outcome) -> None:
+        self.said[job.name] = outcome.error
+        self.listener.ended(job, outcome)
+
+    def of(self, job: Job) -> str:
+        found = error_of(job) or self.said.get(job.name)
+        return found or f"ended, but its results are not in {job.run.out}; run the sweep again"
 
 
 def _stopped(request: StopRequest) -> StoppedError:
@@ -129,25 +154,48 @@ def _stopped(request: StopRequest) -> StoppedError:
     return StoppedError(message, int(request.by or signal.SIGTERM))
 
 
+def _undone(plan: Plan, run: Run, jobs: Sequence[Job], errors: _Errors) -> list[Job]:
+    """The jobs of a run that are not done, whatever they said: what they left behind is what counts."""
+    own = [job for job in jobs if job.run.name == run.name]
+    undone = [job for job in own if state(job) is not State.DONE]
+    if plan.apart and not finished(run):
+        try:
+            _close(plan, run)
+        except (TrainError, StoreError, OSError) as error:
+            if not undone:
+                note_error(own[-1], str(error))
+                errors.said[own[-1].name] = str(error)
+    if finished(run):
+        for job in own:
+            job.error_file.unlink(missing_ok=True)
+        return []
+    return undone or own[-1:]
+
+
 def _close(plan: Plan, run: Run) -> None:
     """Write what the last job of a run's folds could not, if they are all there."""
-    if not plan.apart or finished(run):
-        return
-    try:
-        close(run.config, plan.store, run.out)
-        if (run.out / "summary.json").exists():
-            write_report(run.out)
-    except (TrainError, StoreError) as error:
-        note_error(Job(run, plan.store), str(error))
+    close(run.config, plan.store, run.out)
+    if (run.out / "summary.json").exists():
+        write_report(run.out)
 
 
 def _compared(plan: Plan) -> Comparison | None:
-    """The table of all runs that have results, written beside them."""
+    """The table of all runs that have results, written beside them.
+
+    Raises
+    ------
+    RunError
+        Results cannot be read, or the table cannot be written.
+    """
     there = [run.out for run in plan.runs if (run.out / "summary.json").exists()]
     if not there:
         return None
     found = compare(there)
-    run_directory.write_text(plan.out / MARKDOWN, to_markdown(found))
     links = {run.out: f"{run.name}/report.html" for run in plan.runs}
-    run_directory.write_text(plan.out / PAGE, to_html(found, links))
+    try:
+        run_directory.write_text(plan.out / MARKDOWN, to_markdown(found))
+        run_directory.write_text(plan.out / PAGE, to_html(found, links))
+    except OSError as error:
+        message = f"{plan.out}: the comparison cannot be written ({error.strerror}); run the sweep again"
+        raise RunError(message) from error
     return found

@@ -86,9 +86,10 @@ def do(job: Job, place: Place, command: Sequence[str] = (), tick: Callable[[], N
 
 
 def note_error(job: Job, text: str, details: str = "") -> None:
-    """Write why a job failed to where its state is read."""
-    job.error_file.parent.mkdir(parents=True, exist_ok=True)
-    run_directory.write_text(job.error_file, f"{text}\n{details}")
+    """Write why a job failed to where its state is read; a disk that is full takes no word, the outcome says it too."""
+    with contextlib.suppress(OSError):
+        job.error_file.parent.mkdir(parents=True, exist_ok=True)
+        run_directory.write_text(job.error_file, f"{text}\n{details}")
 
 
 def _one_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,11 +17,13 @@ import pytest
 from click.testing import CliRunner
 from sweeps import contents, two_cohorts, write_plan, written
 
+from cftrain import run_directory
 from cftrain.cli import main
 from cftrain.cli.sweep_progress import SweepProgress
 from cftrain.config import load_config
 from cftrain.errors import ConfigError
 from cftrain.experiment import cross_validate
+from cftrain.run_directory import write_text
 from cftrain.sweep.jobs import Outcome, State, state
 from cftrain.sweep.plan import check_held, read_plan
 from cftrain.sweep.running import jobs_of
@@ -268,6 +271,56 @@ def test_an_error_of_the_program_fails_its_job_alone_and_leaves_its_traceback(st
     assert "  ONE-abmil-s7: ZeroDivisionError: seven" in done.stderr.splitlines()
     assert "Traceback" in (tmp_path / "runs" / "failed" / "ONE-abmil-s7.txt").read_text()
     assert (tmp_path / "runs" / "ONE-abmil-s8" / "summary.json").exists()
+
+
+def test_a_run_whose_folds_could_not_be_put_together_is_named_and_put_together_by_the_next_sweep(
+    store, tmp_path, monkeypatch
+):
+    def full(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    plan = write_plan(tmp_path / "plan.toml", store, cohorts=("ONE",), models=("abmil",), seeds=(7,), folds="apart")
+    with monkeypatch.context() as patched:
+        patched.setattr("cftrain.apart.write_results", full)
+        done = sweep(plan, "--json")
+        assert done.exit_code == 1
+        assert "  ONE-abmil-s7-fold_4: OSError: [Errno 28] No space left on device" in done.stderr.splitlines()
+        rows = {row["fold"]: row["state"] for row in json.loads(done.stdout)["jobs"]}
+        assert rows == {0: "done", 1: "done", 2: "done", 3: "done", 4: "failed"}
+        for path in (tmp_path / "runs" / "failed").iterdir():
+            path.unlink()  # as if the disk had taken no word of it
+        patched.setattr("cftrain.sweep.running.note_error", lambda *given: None)
+        again = sweep(plan)
+        assert again.exit_code == 1
+        assert "  ONE-abmil-s7-fold_4: [Errno 28] No space left on device" in again.stderr.splitlines()
+    last = sweep(plan)
+    assert last.exit_code == 0, last.output
+    assert (tmp_path / "runs" / "ONE-abmil-s7" / "report.html").exists()
+    assert not list((tmp_path / "runs" / "failed").iterdir())
+
+
+def test_where_the_disk_takes_not_even_an_error_it_is_told_and_the_other_jobs_are_done(store, tmp_path, monkeypatch):
+    def full(path, text):
+        if "ONE" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_text(path, text)
+
+    monkeypatch.setattr(run_directory, "write_text", full)
+    plan = write_plan(tmp_path / "plan.toml", store, models=("abmil",), seeds=(7,))
+    done = sweep(plan)
+    assert done.exit_code == 1
+    error = f"{tmp_path}/runs/ONE-abmil-s7: cannot write the run directory (No space left on device)"
+    assert f"  ONE-abmil-s7: {error}" in done.stderr.splitlines()
+    assert (tmp_path / "runs" / "TWO-abmil-s7" / "report.html").exists()
+
+
+def test_a_job_that_says_it_is_done_and_leaves_nothing_fails_the_sweep(store, tmp_path, monkeypatch):
+    """As on a node whose folder of that name is its own."""
+    monkeypatch.setattr("cftrain.sweep.engines.do", lambda job, *given: Outcome(job.name, "done", c_index=0.9))
+    plan = write_plan(tmp_path / "plan.toml", store, cohorts=("ONE",), models=("abmil",), seeds=(7,))
+    done = sweep(plan)
+    assert done.exit_code == 1
+    assert f"  ONE-abmil-s7: ended, but its results are not in {tmp_path}/runs/ONE-abmil-s7" in done.stderr
 
 
 @pytest.mark.slow
