@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ from typing import Any, Final
 from cfstore import EngineError, check_code, code_version, ray_cluster
 from cftrain.memory import Allowance
 from cftrain.stopping import StopRequest, listening
-from cftrain.sweep.engines import Listener, process_died
+from cftrain.sweep.engines import Listener, process_died, process_stopped
 from cftrain.sweep.jobs import Job, Outcome
 from cftrain.sweep.plan import Resources
 from cftrain.sweep.work import Place, do, note_error
@@ -60,21 +60,36 @@ class OnRay:
             asked = _asked(self.resources)
             task = ray.remote(**asked, max_retries=self.resources.retries, retry_exceptions=False)(_do)
             code, place = code_version(), _place(self.resources)
-            pending = {task.remote(code, pickle.dumps((job, place, tuple(command)))): job for job in jobs}
+
+            def begin(job: Job) -> Any:
+                return task.remote(code, pickle.dumps((job, place, tuple(command))))
+
             with listening(lambda: stop.by if stop else None) as own:  # once more: Ray has put its handlers over ours
                 try:
-                    self._collect(ray, pending, listener, own)
+                    self._collect(ray, begin, jobs, listener, own)
                 finally:
                     stop.by = own.by
 
-    def _collect(self, ray: Any, pending: dict[Any, Job], listener: Listener, stop: StopRequest) -> None:
-        leaving = 0.0
+    def _collect(
+        self, ray: Any, begin: Callable[[Job], Any], jobs: Sequence[Job], listener: Listener, stop: StopRequest
+    ) -> None:
+        leaving, times = 0.0, dict.fromkeys((job.name for job in jobs), 0)
+        pending: dict[Any, Job] = {}
         try:
+            pending |= {begin(job): job for job in jobs}
             while pending:
                 ready, _ = ray.wait(list(pending), num_returns=1, timeout=_POLL_SECONDS)
                 for each in ready:
                     job = pending.pop(each)
-                    listener.ended(job, self._outcome(ray, each, job, stopping=bool(stop)))
+                    outcome = self._outcome(ray, each, job, stopping=bool(stop))
+                    if outcome.state == "stopped" and not stop:  # somebody else sent a signal, as `ray stop` does
+                        times[job.name] += 1
+                        if times[job.name] <= self.resources.retries:
+                            listener.note(f"{job.name}: it was asked to stop; it is begun again from its checkpoint")
+                            pending[begin(job)] = job
+                            continue
+                        outcome = _failed(job, process_stopped(outcome.signal_number, times[job.name]))
+                    listener.ended(job, outcome)
                 listener.tick()
                 if stop and not leaving:
                     leaving = time.monotonic() + _LEAVE_SECONDS

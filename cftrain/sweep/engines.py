@@ -54,6 +54,12 @@ def process_died(exit_code: str, times: int) -> str:
     return f"its process died {times} time(s), last with {exit_code} (killed, or out of memory); run the sweep again"
 
 
+def process_stopped(number: int, times: int) -> str:
+    """The error of a job that was asked to stop, and not by the sweep."""
+    what = signal.Signals(number).name if number else "a signal"
+    return f"was stopped by {what} {times} time(s), which the sweep had not sent; run the sweep again"
+
+
 @dataclass(frozen=True)
 class InTurn:
     """One job after the other, in this process."""
@@ -151,22 +157,25 @@ class SideBySide:
                     each.end()
 
     def _ended(self, worker: _Worker, listener: Listener, stop: StopRequest) -> list[tuple[Job, int]]:
-        """Tell what became of a job; returns it with its next attempt where its process died and it may try again."""
+        """Tell what became of a job; returns it with its next attempt where its process died, or was asked to stop by
+        somebody else, and it may try again.
+        """
         job, outcome = worker.job, worker.answer()
         assert job is not None  # noqa: S101 - it is busy
-        if outcome is not None:
+        if outcome is None:
+            worker.process.join()
+            worker.line.close()
+            what = "its process died"
+            text = process_died(f"exit code {worker.process.exitcode}", worker.attempt)
+        else:
             worker.job = None
-            listener.ended(job, outcome)
-            return []
-        worker.process.join()
-        worker.line.close()
-        if stop:
-            listener.ended(job, Outcome(job.name, "stopped"))
+            what, text = "it was asked to stop", process_stopped(outcome.signal_number, worker.attempt)
+        if stop or (outcome and outcome.state != "stopped"):
+            listener.ended(job, outcome or Outcome(job.name, "stopped"))
             return []
         if worker.attempt <= self.resources.retries:
-            listener.note(f"{job.name}: its process died; it is begun again from its checkpoint")
+            listener.note(f"{job.name}: {what}; it is begun again from its checkpoint")
             return [(job, worker.attempt + 1)]
-        text = process_died(f"exit code {worker.process.exitcode}", worker.attempt)
         note_error(job, text)
         listener.ended(job, Outcome(job.name, "failed", text))
         return []

@@ -142,6 +142,18 @@ class TestTwoNodes:
         assert "12 done before, 0 to do" in again.stderr
         assert written(plan.parent / "runs") == before
 
+    def test_a_job_that_somebody_else_asks_to_stop_is_begun_again_from_its_checkpoint(self, cluster, store, tmp_path):
+        told = {"cohorts": ("ONE",), "models": ("abmil",), "seeds": (7,), "epochs": 20}
+        plan = write_plan(tmp_path / "plan.toml", store, **told)
+        nodes = lambda: [cluster.head, *(node for node in cluster.others if node.is_alive())]  # noqa: E731
+        thread, asked = killing(tmp_path / "runs", nodes, lambda node, pid: os.kill(pid, signal.SIGTERM))
+        done = sweep(plan, "--engine", "ray", "--address", cluster.address)
+        thread.join(1)
+        assert asked == ["ONE-abmil-s7"]
+        assert done.exit_code == 0, done.output
+        assert "ONE-abmil-s7: it was asked to stop; it is begun again from its checkpoint" in done.stderr
+        assert len(json.loads((tmp_path / "runs/ONE-abmil-s7/provenance.json").read_text())["resumed"]) == 1
+
     def test_folds_apart_with_a_node_killed_give_the_runs_of_one_process(self, cluster, store, tmp_path):
         told = {"cohorts": ("ONE",), "models": ("abmil",), "seeds": (7,), "epochs": 6, "folds": "apart"}
         plan = write_plan(tmp_path / "ray" / "plan.toml", store, **told)

@@ -391,6 +391,21 @@ def test_a_worker_that_is_killed_is_begun_again_and_ends_the_same(store, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_job_that_somebody_else_asks_to_stop_is_begun_again_from_its_checkpoint(store, tmp_path):
+    plan = write_plan(tmp_path / "plan.toml", store, models=("abmil",), seeds=(7,), epochs=40)
+    process = command(plan, "--jobs", "2")
+    when_training(tmp_path / "runs")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    for pid in workers:
+        os.kill(int(pid), signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "it is begun again from its checkpoint" in err
+    assert len(list((tmp_path / "runs").glob("*/report.html"))) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_sweep_that_is_asked_to_stop_can_be_gone_on_with(store, tmp_path, jobs, number, code):
