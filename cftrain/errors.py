@@ -10,6 +10,7 @@
     ├── NonFiniteError            a loss, gradient or prediction is NaN or Inf
     ├── WeightsError              a file of weights that cannot be read, or is no model of ours
     ├── RunError                  a run directory that cannot be written, resumed or read
+    │   ├── OtherSettingsError    it was begun with other settings
     │   └── RunBusyError          another process trains in it
     ├── RankError                 a process of several that train together failed; names it
     └── StoppedError              a signal ended the run; its checkpoints are written
@@ -58,6 +59,23 @@ class WeightsError(TrainError):
 
 class RunError(TrainError):
     """A run directory cannot be written, resumed or read."""
+
+
+class OtherSettingsError(RunError):
+    """A run directory was begun with other settings than those asked for.
+
+    Parameters
+    ----------
+    keys
+        Of the settings that differ.
+    """
+
+    def __init__(self, message: str, keys: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+    def __reduce__(self) -> tuple[type[OtherSettingsError], tuple[str, tuple[str, ...]]]:
+        return type(self), (str(self), self.keys)  # it travels between processes
 
 
 class RunBusyError(RunError):

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from cfstore import is_url
 from cftrain.config import RESUMABLE, RunConfig, differences, load_config, to_toml
-from cftrain.errors import RunBusyError, RunError
+from cftrain.errors import OtherSettingsError, RunBusyError, RunError
 
 CHECKPOINT: Final = "checkpoint.safetensors"
 """Of a learner, in the directory of its fold."""
@@ -66,7 +66,7 @@ def settled(out: Path, config: RunConfig) -> RunConfig:
 
     Raises
     ------
-    RunError
+    OtherSettingsError
         It was begun with other settings; names them.
     ConfigError
         config.toml cannot be read.
@@ -80,7 +80,7 @@ def settled(out: Path, config: RunConfig) -> RunConfig:
     differing = [key for key in differences(stored, config) if key not in RESUMABLE]
     if differing:
         message = f"{out}: was begun with another {', '.join(differing)}; leave that out, or begin a run with --out"
-        raise RunError(message)
+        raise OtherSettingsError(message, tuple(differing))
     return config
 
 

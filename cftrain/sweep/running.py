@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +15,7 @@ from cfstore import StoreError
 from cftrain import run_directory
 from cftrain.apart import close, fold_numbers
 from cftrain.compare import Comparison, compare, to_html, to_markdown
-from cftrain.errors import RunError, StoppedError, TrainError
+from cftrain.errors import OtherSettingsError, RunBusyError, RunError, StoppedError, TrainError
 from cftrain.report import write_report
 from cftrain.stopping import StopRequest, listening
 from cftrain.sweep.engines import Engine, Listener
@@ -59,7 +60,32 @@ def check_plan(plan: Plan) -> None:
     rows = store.sql("SELECT DISTINCT cohort, encoder FROM bags JOIN slides USING (slide_id) ORDER BY ALL").to_pylist()
     check_held(plan, {key: [row["encoder"] for row in own] for key, own in groupby(rows, lambda row: row["cohort"])})
     for run in plan.runs:
-        run_directory.settled(run.out, run.config)
+        try:
+            run_directory.settled(run.out, run.config)
+        except OtherSettingsError as error:
+            raise RunError(_edited(plan, run, error.keys)) from error
+
+
+def _edited(plan: Plan, run: Run, keys: Sequence[str]) -> str:
+    """What to do about a run that was begun by another plan, or by this one before it was edited."""
+    order = "data.order_seed"
+    why = f" ({order} is the first of `seeds` where [set] does not name it)" if order in keys else ""
+    return (
+        f"{run.out}: was begun with another {', '.join(keys)} than {plan.path} has now{why}; "
+        "set it back, name another `out`, or remove that directory to begin the run anew"
+    )
+
+
+@contextmanager
+def _held(plan: Plan) -> Iterator[None]:
+    """Keep other sweeps from the same directory."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run_directory.held(plan.out))
+        except RunBusyError as error:
+            message = f"{plan.out}: another sweep is at it; wait until it ends, or name another `out` in {plan.path}"
+            raise RunBusyError(message) from error
+        yield
 
 
 def jobs_of(plan: Plan) -> tuple[Job, ...]:
@@ -110,7 +136,7 @@ def run_sweep(
         See `check_plan`.
     """
     check_plan(plan)
-    with run_directory.held(plan.out):
+    with _held(plan):
         jobs = jobs_of(plan)
         on_jobs(jobs)
         errors = _Errors(listener)

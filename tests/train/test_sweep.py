@@ -221,7 +221,30 @@ def test_a_setting_that_changed_since_is_refused_with_directory_and_key(finished
     for words in ((), ("--dry-run",)):
         done = sweep(plan, *words)
         assert done.exit_code == 1
-        assert f"{tmp_path}/runs/ONE-abmil-s7: was begun with another train.epochs" in done.output
+        assert f"{tmp_path}/runs/ONE-abmil-s7: was begun with another train.epochs than {plan} has now" in done.output
+        assert "--out" not in done.output  # a sweep has no such option
+
+
+def test_a_seed_put_before_the_others_is_refused_with_the_key_that_the_plan_does_not_show(finished, store, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "runs")
+    plan = write_plan(tmp_path / "plan.toml", store, seeds=(6, 7))
+    done = sweep(plan)
+    assert done.exit_code == 1
+    assert "another data.order_seed than" in done.output
+    assert "(data.order_seed is the first of `seeds` where [set] does not name it)" in done.output
+    plan.write_text(plan.read_text().replace("[set]", "[set]\ndata.order_seed = 7"))
+    assert "missing  ONE-abmil-s6" in sweep(plan, "--dry-run").output  # and with it the sweep can be extended
+
+
+def test_a_second_sweep_of_a_plan_at_the_same_time_is_refused_and_told_what_to_change(store, tmp_path):
+    plan = write_plan(tmp_path / "plan.toml", store)
+    with run_directory.held(tmp_path / "runs"):
+        done = sweep(plan)
+    assert done.exit_code == 1
+    assert (
+        f"{tmp_path}/runs: another sweep is at it; wait until it ends, or name another `out` in {plan}" in done.output
+    )
+    assert "--out" not in done.output
 
 
 @pytest.mark.slow
