@@ -177,7 +177,7 @@ def _check_same(ray: Any, address: str | None, need: str) -> None:
 def _parts(address: str) -> tuple[str, int] | None:
     """Host and port; None where an address is of another form ("auto", "local")."""
     host, _, port = address.rpartition(":")
-    return (host.strip("[]"), int(port)) if host and port.isdigit() else None
+    return (host.strip("[]"), int(port)) if host and port.isdecimal() else None
 
 
 def _resolved(address: str, ray: Any) -> object:
@@ -203,9 +203,10 @@ def _check_answers(address: str, need: str) -> None:
         raise EngineError(f"{need}: --address {address!r} is not HOST:PORT; `ray start --head` prints it (port 6379)")
     try:
         socket.create_connection(parts, _CONNECT_SECONDS).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of what can be no host name, such as 10..0.5
+        why = getattr(error, "strerror", None) or error
         message = (
-            f"{need}: nothing answers at {address} ({error.strerror or error}); "
+            f"{need}: nothing answers at {address} ({why}); "
             "start Ray there with `ray start --head`, or leave --address out to use this machine alone"
         )
         raise EngineError(message) from error

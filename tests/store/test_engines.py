@@ -86,7 +86,9 @@ def free_port() -> int:
     ("address", "said"),
     [
         ("127.0.0.1:{port}", r"^cfstore x: nothing answers at 127\.0\.0\.1:\d+ .*`ray start --head`"),
+        ("10..0.5:{port}", r"^cfstore x: nothing answers at 10\.\.0\.5:\d+ .*label empty.*`ray start --head`"),
         ("head", r"--address 'head' is not HOST:PORT"),
+        ("head:²", r"--address 'head:²' is not HOST:PORT"),
         ("ray://127.0.0.1:10001", r"run this on a node of the cluster"),
     ],
 )
