@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -144,7 +146,7 @@ class Progress:
         lines = [*learners[:_MOST_LINES], self._total()]
         if len(learners) > _MOST_LINES:
             lines.insert(-1, f"... and {len(learners) - _MOST_LINES} more folds")
-        width = shutil.get_terminal_size().columns - 1
+        width = terminal_size().columns - 1
         self._clear()
         click.echo("\n".join(line[:width] for line in lines), err=True)
         self._drawn = len(lines)
@@ -182,6 +184,15 @@ def bar(share: float) -> str:
     """A share as a bar and in per cent."""
     filled = round(_BAR * share)
     return f"[{'#' * filled}{'.' * (_BAR - filled)}] {100 * share:3.0f} %"
+
+
+def terminal_size() -> os.terminal_size:
+    """Of the terminal on stderr, which is drawn on: stdout may go into a file."""
+    with suppress(OSError, ValueError):  # a stderr that is no file
+        found = os.get_terminal_size(sys.stderr.fileno())
+        if all(found):
+            return found
+    return shutil.get_terminal_size()
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any, Final
 import click
 
 from cftrain.cli.columns import padded
-from cftrain.cli.progress import bar, duration, number
+from cftrain.cli.progress import bar, duration, number, terminal_size
 from cftrain.sweep.jobs import Job, Outcome, State, c_index, finished, runs_of, share_done, state
 from cftrain.sweep.plan import Run
 
@@ -112,7 +111,7 @@ class SweepProgress:
         if not self._live:
             return
         self._last_draw = time.monotonic()
-        width, height = shutil.get_terminal_size()
+        width, height = terminal_size()
         lines = [line[: width - 1] for line in [*self.table(height - 4), self._total()]]
         self._clear()
         click.echo("\n".join(lines), err=True)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
+import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -500,6 +504,27 @@ def test_a_terminal_shows_models_of_cohorts_by_seeds_and_how_far_each_is(finishe
     shown = capsys.readouterr().err
     assert "8 runs; 5 done before, 3 to do" in shown
     assert "5 of 8 runs" in shown
+
+
+def test_the_table_fits_the_terminal_that_it_is_drawn_on_wherever_stdout_goes(finished, store, tmp_path, monkeypatch):
+    """`--json > jobs.json`: a line that is too long is broken, and the next table is drawn over the wrong lines."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 7, 30, 0, 0))
+    monkeypatch.delenv("COLUMNS", raising=False)
+    jobs = jobs_of(read_plan(write_plan(tmp_path / "plan.toml", store)))
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        told = SweepProgress()
+        told.jobs(jobs)
+        told.end()
+        shown = b""
+        while select.select([ours], [], [], 0.2)[0]:
+            shown += os.read(ours, 65536)
+    os.close(ours)
+    drawn = shown.decode().rpartition("\033[J")[2].splitlines()
+    assert drawn[-2].startswith("... and")
+    assert len(drawn) < 7
+    assert max(map(len, drawn)) < 30
 
 
 def test_a_pipe_hears_a_line_for_every_job(finished, store, tmp_path, capsys):
