@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from cfstore import EngineError, check_code, code_version, ray_cluster
+import cfstore
+from cfstore import EngineError, StoreError, check_code, code_version, is_url, ray_cluster
 from cftrain.memory import Allowance
 from cftrain.stopping import StopRequest, listening
 from cftrain.sweep.engines import Listener, process_died, process_stopped
@@ -45,7 +46,7 @@ class OnRay:
     Raises
     ------
     EngineError
-        See `cfstore.ray_cluster`; or a node has other code, or does not see the sweep's directory.
+        See `cfstore.ray_cluster`; or a node has other code, or does not see the sweep's directory or its store.
     """
 
     resources: Resources
@@ -60,9 +61,10 @@ class OnRay:
             asked = _asked(self.resources)
             task = ray.remote(**asked, max_retries=self.resources.retries, retry_exceptions=False)(_do)
             code, place = code_version(), _place(self.resources)
+            uuid = cfstore.open(jobs[0].store).header.uuid  # one plan, one store
 
             def begin(job: Job) -> Any:
-                return task.remote(code, pickle.dumps((job, place, tuple(command))))
+                return task.remote(code, pickle.dumps((job, place, tuple(command), uuid)))
 
             with listening(lambda: stop.by if stop else None) as own:  # once more: Ray has put its handlers over ours
                 try:
@@ -128,11 +130,12 @@ def _do(code: str, packed: bytes) -> Outcome:
     Raises
     ------
     EngineError
-        It has other code, or does not see the sweep's directory.
+        It has other code, or does not see the sweep's directory or its store.
     """
     check_code(code)
-    job, place, command = pickle.loads(packed)  # noqa: S301 - of the process that gave out the jobs, by Ray
+    job, place, command, uuid = pickle.loads(packed)  # noqa: S301 - of the process that gave out the jobs, by Ray
     _check_sees(job.run.out.parent)
+    _check_store(job.store, uuid)
     return do(job, place, command)
 
 
@@ -144,6 +147,21 @@ def _check_sees(out: Path) -> None:
             "it must be on storage that all nodes share, under the same path on each"
         )
         raise EngineError(message)
+
+
+def _check_store(store: Path | str, uuid: str) -> None:
+    """A node without it would fail every job that it is given, faster than others do theirs, and so be given them all;
+    one that has another in its place would train on that.
+    """
+    node = os.uname().nodename
+    shared = "it must be on storage that all nodes share, under the same path on each"
+    remedy = "see its AWS_* variables and network, where `ray start` ran" if is_url(store) else shared
+    try:
+        found = cfstore.open(store).header.uuid
+    except StoreError as error:
+        raise EngineError(f"node {node} does not see the store {store} ({error}); {remedy}") from error
+    if found != uuid:
+        raise EngineError(f"node {node} has another store at {store} ({found}, not {uuid}); {remedy}")
 
 
 def _asked(resources: Resources) -> dict[str, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +19,12 @@ from click.testing import CliRunner
 from ray_nodes import ROOT, opened_by, two_nodes
 from sweeps import contents, two_cohorts, write_plan, written
 
+import cfstore
 from cfstore import EngineError
-from cftrain import ray_jobs
+from cftrain import ray_jobs, run_directory
 from cftrain.cli import main
-from cftrain.sweep.plan import Resources
+from cftrain.sweep.plan import Resources, read_plan
+from cftrain.sweep.running import jobs_of
 
 on_ray = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]  # one cluster at a time, for all
 
@@ -56,6 +60,26 @@ def test_a_job_that_fits_on_no_node_is_refused_before_ray_waits_for_one(nodes, f
 def test_a_node_that_does_not_see_the_sweeps_directory_is_named(tmp_path):
     with pytest.raises(EngineError, match=rf"node .* does not see the sweep's directory {tmp_path}"):
         ray_jobs._check_sees(tmp_path)
+
+
+def test_a_node_that_lacks_the_store_or_has_another_in_its_place_is_named_and_trains_nothing(store, tmp_path):
+    (tmp_path / "own").mkdir()
+    own = shutil.copytree(store, tmp_path / "own" / "store")
+    plan = read_plan(write_plan(tmp_path / "plan.toml", own, cohorts=("ONE",), models=("abmil",), seeds=(7,)))
+    (job,) = jobs_of(plan)
+    uuid = cfstore.open(own).header.uuid
+    packed = pickle.dumps((job, ray_jobs._place(plan.resources), (), uuid))
+    with run_directory.held(plan.out):
+        own.rename(tmp_path / "elsewhere")
+        with pytest.raises(
+            EngineError, match=rf"^node \S+ does not see the store {own} .*; it must be on storage that"
+        ):
+            ray_jobs._do(cfstore.code_version(), packed)
+        cfstore.open(own, create=True)
+        with pytest.raises(EngineError, match=rf"^node \S+ has another store at {own} \(\S+, not {uuid}\)"):
+            ray_jobs._do(cfstore.code_version(), packed)
+    assert not job.run.out.exists()
+    assert not job.error_file.exists()
 
 
 # -- two nodes ---------------------------------------------------------------------------------------
