@@ -39,7 +39,7 @@ from cfstore.errors import (
     StoreNotFoundError,
     UnreadableFileError,
 )
-from cfstore.ray_connection import check_code, code_version, ray_cluster
+from cfstore.ray_connection import RoomWatch, check_code, code_version, ray_cluster
 from cfstore.reader import SlideReader
 from cfstore.remote.locate import is_url
 from cfstore.splits import Fold, SplitSet, make_folds
@@ -74,6 +74,7 @@ __all__ = [
     "PrecisionError",
     "QueryError",
     "RemoteError",
+    "RoomWatch",
     "ShapeError",
     "SlideBags",
     "SlideNotFoundError",

@@ -13,8 +13,10 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +26,9 @@ from cfstore.errors import EngineError
 
 PACKAGES: Final = ("cfstore", "cftrain", "cfkernels")
 _CONNECT_SECONDS: Final = 10.0
+_LOOK_SECONDS: Final = 2.0
+ROOM_SECONDS: Final = 60.0
+"""For how long work waits for a node that is lost to be replaced, where no other is left that it fits on."""
 _ENVIRONMENT: Final = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -133,6 +138,46 @@ def code_version() -> str:
     except metadata.PackageNotFoundError:  # a checkout that was never installed
         version = "0"
     return f"{version}+{digest.hexdigest()[:12]}"
+
+
+@dataclass
+class RoomWatch:
+    """Looks whether a cluster still has a node that work fits on: Ray itself waits for one for ever, and in silence.
+
+    Parameters
+    ----------
+    check
+        Raises EngineError where there is none now.
+    seconds
+        For how long a lost node may be replaced.
+    """
+
+    check: Callable[[], object]
+    seconds: float = field(default_factory=lambda: ROOM_SECONDS)
+    _since: float | None = None
+    _looked: float = 0.0
+
+    def look(self) -> None:
+        """To be called often.
+
+        Raises
+        ------
+        EngineError
+            There has been none for `seconds`.
+        """
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        try:
+            self.check()
+        except EngineError as error:
+            self._since = now if self._since is None else self._since
+            if now - self._since >= self.seconds:
+                message = f"{error}. Nodes were lost; what was finished is kept: run this again when there are some"
+                raise EngineError(message) from error
+        else:
+            self._since = None
 
 
 def node_name() -> str:

@@ -20,7 +20,7 @@ from uuid import uuid4
 from cfstore.errors import EngineError, StoreError
 from cfstore.locks import PROBE_PREFIX, disk_errors, hold
 from cfstore.processes import StoppedError, Tell
-from cfstore.ray_connection import check_code, code_version, node_name, ray_cluster
+from cfstore.ray_connection import RoomWatch, check_code, code_version, node_name, ray_cluster
 from cfstore.remote.bucket import Bucket
 from cfstore.schema import STORE_FILE, parse_header, read_header
 
@@ -196,6 +196,7 @@ class RayEngine:
     view: View
     memory: int
     n_slots: int
+    room: RoomWatch
     n_restarted: int = 0
     patience: float = _PATIENCE_SECONDS
 
@@ -207,7 +208,7 @@ class RayEngine:
         Raises
         ------
         EngineError
-            A node is not fit for the work, or workers died too often; and whatever `function` raises.
+            A node is not fit for the work, workers died too often, or no node is left; and whatever `function` raises.
         """
         ray, code = self.ray, code_version()
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
@@ -230,6 +231,7 @@ class RayEngine:
             give_out()
             while pending:
                 done, _ = ray.wait(list(pending), timeout=_POLL_SECONDS)
+                self.room.look()
                 with suppress(ray.exceptions.RayError):  # a step more or less: it is told again with the result
                     progress.reached(ray.get(mailbox.take.remote(), timeout=_CANCEL_SECONDS))
                 for ref in done:
@@ -311,4 +313,5 @@ def ray_engine(
         No Ray, no cluster, or none of its nodes has room for a task.
     """
     with ray_cluster(address, need=need) as ray, _shown(store, files) as view:
-        yield RayEngine(ray, view, memory, _n_slots(ray, memory, need))
+        room = RoomWatch(lambda: _n_slots(ray, memory, need))
+        yield RayEngine(ray, view, memory, _n_slots(ray, memory, need), room)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import cfstore
-from cfstore import EngineError, StoreError, check_code, code_version, is_url, ray_cluster
+from cfstore import EngineError, RoomWatch, StoreError, check_code, code_version, is_url, ray_cluster
 from cftrain.memory import Allowance
 from cftrain.stopping import StopRequest, listening
 from cftrain.sweep.engines import Listener, process_died, process_stopped
@@ -46,7 +46,8 @@ class OnRay:
     Raises
     ------
     EngineError
-        See `cfstore.ray_cluster`; or a node has other code, or does not see the sweep's directory or its store.
+        See `cfstore.ray_cluster`; or a node has other code, does not see the sweep's directory or its store, or no
+        node is left that a job fits on.
     """
 
     resources: Resources
@@ -75,6 +76,7 @@ class OnRay:
     def _collect(
         self, ray: Any, begin: Callable[[Job], Any], jobs: Sequence[Job], listener: Listener, stop: StopRequest
     ) -> None:
+        room = RoomWatch(lambda: _check_fits(ray, self.resources))
         leaving, times = 0.0, dict.fromkeys((job.name for job in jobs), 0)
         pending: dict[Any, Job] = {}
         try:
@@ -93,6 +95,7 @@ class OnRay:
                         outcome = _failed(job, process_stopped(outcome.signal_number, times[job.name]))
                     listener.ended(job, outcome)
                 listener.tick()
+                room.look()
                 if stop and not leaving:
                     leaving = time.monotonic() + _LEAVE_SECONDS
                     _cancel(ray, pending, force=False)

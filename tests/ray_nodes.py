@@ -158,10 +158,10 @@ class Cluster:
         self.address = self.head.address
         self.others: list[Node] = []
 
-    def add(self) -> Node:
+    def add(self, num_cpus: int | None = None) -> Node:
         """Start one more node."""
-        name = f"node{len(self.others)}"
-        self.others.append(Node(self._folder, name, self.address, self._num_cpus, self._variables(name)))
+        name, num_cpus = f"node{len(self.others)}", self._num_cpus if num_cpus is None else num_cpus
+        self.others.append(Node(self._folder, name, self.address, num_cpus, self._variables(name)))
         return self.others[-1]
 
     def second(self) -> Node:

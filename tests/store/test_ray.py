@@ -20,7 +20,7 @@ import pytest
 from ray_nodes import ROOT, Cluster, opened_by, two_nodes
 
 import cfstore
-from cfstore import Derivation, EngineError, Store, derive, ingest, ray_engine
+from cfstore import Derivation, EngineError, Store, derive, ingest, ray_connection, ray_engine
 from cfstore.errors import NonFiniteError
 from cfstore.ingest import prepare
 from cfstore.ray_engine import RETRIES
@@ -264,6 +264,31 @@ def test_a_task_that_fits_on_no_node_is_refused_at_once(cluster: Cluster, store:
         ray_engine.ray_engine(store.path, cluster.address, files=[], memory=1 << 40, need="test"),
     ):
         pass
+
+
+def begins(task: Path, tell: Tell) -> None:
+    task.touch()
+    time.sleep(600)
+
+
+def test_where_the_last_node_for_the_work_is_lost_the_command_ends_and_says_so(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would wait for another, for ever and in silence."""
+    monkeypatch.setattr(ray_connection, "ROOM_SECONDS", 3.0)
+    with two_nodes(num_cpus=0) as bare:
+        only = bare.add(num_cpus=1)
+        begun = tmp_path / "begun"
+        thread = threading.Thread(target=lambda: (until(begun.exists), only.kill()), daemon=True)
+        thread.start()
+        with (
+            pytest.raises(
+                EngineError, match=r"no node of the Ray cluster .* Nodes were lost; what was finished is kept"
+            ),
+            ray_engine.ray_engine(store.path, bare.address, files=[], memory=1 << 20, need="test") as engine,
+        ):
+            list(engine(begins, [begun], 1, lambda: None))
+        thread.join(10)
 
 
 def test_ctrl_c_ends_the_tasks_and_leaves_the_store_clean(

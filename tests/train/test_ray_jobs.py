@@ -20,7 +20,7 @@ from ray_nodes import ROOT, opened_by, two_nodes
 from sweeps import contents, two_cohorts, write_plan, written
 
 import cfstore
-from cfstore import EngineError
+from cfstore import EngineError, ray_connection
 from cftrain import ray_jobs, run_directory
 from cftrain.cli import main
 from cftrain.sweep.plan import Resources, read_plan
@@ -220,3 +220,21 @@ class TestTwoNodes:
         before = written(tmp_path / "runs")
         time.sleep(1)
         assert written(tmp_path / "runs") == before
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_a_sweep_whose_last_node_for_its_jobs_is_lost_ends_and_says_so(store, tmp_path, monkeypatch):
+    """Ray would wait for another, for ever and in silence."""
+    monkeypatch.setattr(ray_connection, "ROOM_SECONDS", 3.0)
+    plan = write_plan(tmp_path / "plan.toml", store, cohorts=("ONE",), models=("abmil",), seeds=(7,), epochs=200)
+    with two_nodes(num_cpus=0) as bare:
+        only = bare.add(num_cpus=1)
+        thread, killed = killing(tmp_path / "runs", lambda: [only], lambda node, pid: node.kill())
+        done = sweep(plan, "--engine", "ray", "--address", bare.address)
+        thread.join(10)
+    assert killed == ["ONE-abmil-s7"]
+    assert done.exit_code == 1
+    assert "no node of the Ray cluster has what a job takes (CPU 1; the nodes have: CPU 0, " in done.stderr
+    assert "Nodes were lost; what was finished is kept" in done.stderr
