@@ -28,6 +28,9 @@ class _Group(click.Group):
         except StoppedError as error:
             click.echo(str(error), err=True)
             ctx.exit(130 if error.signal_number == signal.SIGINT else STOPPED)
+        except KeyboardInterrupt:  # before anybody listened, or the second
+            click.echo("Aborted!", err=True)
+            ctx.exit(130)
         except (TrainError, StoreError) as error:
             raise click.ClickException(str(error)) from error
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Final, Protocol
 
@@ -185,8 +186,14 @@ class SideBySide:
         ours, theirs = context.Pipe()
         given = (theirs, self._place(slot, memory), tuple(command))
         process = context.Process(target=_work, args=given, name=f"sweep-{slot}")
-        with _for_children("OMP_NUM_THREADS", str(self._threads)):
-            process.start()
+        # Ctrl-C reaches us, who send SIGTERM. It stays blocked in all threads of the process: a second would kill it
+        resource_tracker.ensure_running()  # which unblocks it, once
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with _for_children("OMP_NUM_THREADS", str(self._threads)):
+                process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that the line ends with the process
         return _Worker(process, ours)
 
@@ -245,7 +252,6 @@ def check_jobs(resources: Resources, n_processes: int) -> None:
 
 def _work(line: Connection, place: Place, command: Sequence[str]) -> None:
     """The life of a process of `SideBySide`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sends SIGTERM
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError):
         while True:

@@ -433,6 +433,33 @@ def test_a_job_that_somebody_else_asks_to_stop_is_begun_again_from_its_checkpoin
 
 
 @pytest.mark.slow
+def test_ctrl_c_in_a_terminal_is_heard_by_the_sweep_and_not_by_its_processes(store, tmp_path):
+    """It is sent to all of them, and twice by who is impatient; they are asked to stop by the sweep."""
+    plan = write_plan(tmp_path / "plan.toml", store, models=("abmil",), seeds=(7,), epochs=40)
+    process = command(plan, "--jobs", "2")
+    when_training(tmp_path / "runs")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    for pid in workers * 2:
+        os.kill(int(pid), signal.SIGINT)
+        time.sleep(0.05)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "begun again" not in err
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_that_nobody_takes_up_ends_with_130(store, tmp_path, monkeypatch):
+    def interrupted(job, *given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cftrain.sweep.engines.do", interrupted)
+    done = sweep(write_plan(tmp_path / "plan.toml", store, cohorts=("ONE",), models=("abmil",), seeds=(7,)))
+    assert done.exit_code == 130
+    assert done.stderr.splitlines()[-1] == "Aborted!"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_sweep_that_is_asked_to_stop_can_be_gone_on_with(store, tmp_path, jobs, number, code):
