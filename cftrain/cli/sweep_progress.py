@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -34,6 +35,7 @@ class SweepProgress:
     def __init__(self, *, live: bool | None = None) -> None:
         self._live = sys.stderr.isatty() if live is None else live
         self._jobs: Sequence[Job] = ()
+        self._n_folds: Counter[str] = Counter()
         self._open: dict[str, Job] = {}
         self._cells: dict[str, str] = {}
         self._drawn = 0
@@ -47,6 +49,7 @@ class SweepProgress:
     def jobs(self, jobs: Sequence[Job]) -> None:
         """All jobs of the sweep, before the first is begun."""
         self._jobs = jobs
+        self._n_folds = Counter(job.run.name for job in jobs if job.fold is not None)
         self._open = {job.name: job for job in jobs if state(job) is not State.DONE}
         self._first_share = self._share()
         runs = runs_of(jobs)
@@ -141,13 +144,18 @@ class SweepProgress:
         own = [job for job in self._jobs if job.run.name == run.name]
         if any(state(job) is State.FAILED for job in own):
             return "failed"
-        return f"{100 * share_done(run):.0f} %" if any(state(job) is not State.MISSING for job in own) else _WAITING
+        return (
+            f"{100 * share_done(run, self._n_folds[run.name]):.0f} %"
+            if any(state(job) is not State.MISSING for job in own)
+            else _WAITING
+        )
 
     def _share(self) -> float:
         """The part of all epochs that were measured."""
         runs = runs_of(self._jobs)
         left = {job.run.name for job in self._open.values()}
-        return sum(share_done(run) if run.name in left else 1.0 for run in runs) / max(len(runs), 1)
+        shares = (share_done(run, self._n_folds[run.name]) if run.name in left else 1.0 for run in runs)
+        return sum(shares) / max(len(runs), 1)
 
     def _total(self) -> str:
         share, elapsed = self._share(), time.monotonic() - self._started

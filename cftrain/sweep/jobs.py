@@ -112,13 +112,22 @@ def c_index(run: Run) -> float | None:
     return None if value is None else float(value)
 
 
-def share_done(run: Run) -> float:
-    """The part of a run's epochs that were measured, of all its folds; 0 before the first."""
+def share_done(run: Run, n_folds: int = 0) -> float:
+    """The part of a run's epochs that were measured, of all its folds; 0 before the first.
+
+    Parameters
+    ----------
+    n_folds
+        0: as many as have begun, where all begin at once, and else as many as the settings say; splits of the store may
+        have others.
+    """
     if (run.out / "summary.json").exists():
         return 1.0
     logs = list(run.out.glob("fold_*/metrics.jsonl"))
-    epochs = run.config.train.epochs * max(len(logs), run.config.data.folds)
-    return min(1.0, sum(map(_lines, logs)) / epochs)
+    data = run.config.data
+    at_once = logs and data.order != "independent"
+    n_folds = n_folds or (len(logs) if at_once else max(len(logs), data.folds))
+    return min(1.0, sum(map(_lines, logs)) / (run.config.train.epochs * n_folds))
 
 
 def _lines(path: Path) -> int:

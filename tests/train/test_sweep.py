@@ -554,6 +554,27 @@ def test_the_table_fits_the_terminal_that_it_is_drawn_on_wherever_stdout_goes(fi
     assert max(map(len, drawn)) < 30
 
 
+@pytest.mark.parametrize(
+    ("folds", "order", "begun", "share"),
+    [
+        ("fused", "shuffled", (0, 1, 2), 0.5),  # three folds in the store's splits, where the settings say five
+        ("apart", "shuffled", (0,), 0.1),  # five jobs
+        ("fused", "independent", (0,), 0.1),  # one fold after the other
+    ],
+)
+def test_how_far_a_run_is_counts_the_folds_that_it_has(store, tmp_path, folds, order, begun, share):
+    told = {"cohorts": ("ONE",), "models": ("abmil",), "seeds": (7,), "epochs": 4, "folds": folds}
+    plan = write_plan(tmp_path / "plan.toml", store, **told)
+    plan.write_text(plan.read_text().replace("[set]", f'[set]\ndata.order = "{order}"'))
+    for fold in begun:
+        (tmp_path / "runs" / "ONE-abmil-s7" / f"fold_{fold}").mkdir(parents=True)
+        (tmp_path / "runs" / "ONE-abmil-s7" / f"fold_{fold}" / "metrics.jsonl").write_text("{}\n{}\n")
+    (tmp_path / "runs" / "ONE-abmil-s7" / "config.toml").touch()
+    shown = SweepProgress(live=True)
+    shown.jobs(jobs_of(read_plan(plan)))
+    assert shown.table()[1].split() == ["ONE", "abmil", f"{100 * share:.0f}", "%"]
+
+
 def test_a_pipe_hears_a_line_for_every_job(finished, store, tmp_path, capsys):
     jobs = jobs_of(read_plan(write_plan(tmp_path / "plan.toml", store, models=("abmil",), seeds=(7,))))
     told = SweepProgress(live=False)
