@@ -6,6 +6,7 @@ survive a fork.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import wait as wait_for_any
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from cfstore.errors import StoreError
@@ -37,13 +41,30 @@ def _begin(told: Any, stop: Any) -> None:
     global _told, _stop
     _told, _stop = told, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which tells us
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _end_with_parent()
 
 
 def _end_with_parent() -> None:
+    """Watch the parent from now on, by a thread that ends before the interpreter.
+
+    One that still waits then keeps what its frames see alive, DuckDB's connection among it, and DuckDB complains.
+    """
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
+    if parent is None:
+        return
+    ended, ending = Pipe(duplex=False)
+    watcher = threading.Thread(target=_watch, args=(parent, ended), daemon=True)
+    watcher.start()
+
+    def end_watching() -> None:
+        ending.close()
+        watcher.join()
+
+    atexit.register(end_watching)
+
+
+def _watch(parent: BaseProcess, ended: Connection) -> None:
+    if parent.sentinel in wait_for_any([parent.sentinel, ended]):
         os._exit(1)
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import os
 import statistics
-import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +27,7 @@ from cftrain.errors import MeasureError, TrainError
 from cftrain.footprint import blueprint, count_passes
 from cftrain.memory import free_ram
 from cftrain.models import BagBatch, SurvivalModel, build
+from cftrain.orphans import end_with_parent
 from cftrain.survival.losses import nll_survival
 from cftrain.zoo import model_info
 
@@ -162,23 +161,11 @@ class _Model(NamedTuple):
 
 
 def _in_own_process(job: _Job) -> tuple[tuple[float, ...], int | None]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         try:
             return pool.submit(_run, job, torch.get_num_threads()).result()
         except BrokenProcessPool as error:
             raise MeasureError("its process was ended from outside, most likely for lack of memory") from error
-
-
-def _begin() -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Nobody waits for the seconds of an orphan."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _run(job: _Job, n_threads: int) -> tuple[tuple[float, ...], int | None]:

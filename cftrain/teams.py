@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import resource
 import signal
-import threading
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +23,7 @@ from cftrain.errors import RunError, StoppedError
 from cftrain.feed import Feed
 from cftrain.folds import inner_fold
 from cftrain.learner import Learner, seconds_before
+from cftrain.orphans import end_with_parent
 from cftrain.passes import Beat, Clock, Group, stopped, train
 from cftrain.ranks import ALONE, Ranks
 from cftrain.results import Epoch, FoldResult
@@ -171,15 +170,7 @@ def _begin(told: Any, asked: Any, threads: int) -> None:
     global _told, _asked
     _told, _asked = told, asked
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Nobody waits for the results of an orphan, and somebody may have resumed the run."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()  # somebody may have resumed the run of an orphan
 
 
 def _side_by_side(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 
 from cftrain.errors import ConfigError
 from cftrain.memory import Allowance, free_ram
+from cftrain.orphans import end_with_parent
 from cftrain.stopping import StopRequest
 from cftrain.sweep.jobs import Job, Outcome
 from cftrain.sweep.plan import Resources
@@ -252,15 +252,7 @@ def check_jobs(resources: Resources, n_processes: int) -> None:
 
 def _work(line: Connection, place: Place, command: Sequence[str]) -> None:
     """The life of a process of `SideBySide`."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()  # somebody may have begun the sweep of an orphan again
     with suppress(EOFError):
         while True:
             line.send(do(line.recv(), place, command))
-
-
-def _end_with_parent() -> None:
-    """Nobody waits for an orphan, and somebody may have begun the sweep again."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

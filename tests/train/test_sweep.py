@@ -393,6 +393,15 @@ def command(plan, *words):
     )
 
 
+@pytest.mark.slow
+def test_a_sweep_in_processes_says_what_it_did_and_nothing_of_libraries(store, tmp_path):
+    plan = write_plan(tmp_path / "plan.toml", store, models=("abmil",), epochs=1)
+    process = command(plan, "--jobs", "2")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert len(err.splitlines()) == 1 + 4, err  # what there is to do, and each job
+
+
 def when_training(out, seconds=120):
     """Wait for a first checkpoint."""
     deadline = time.monotonic() + seconds
