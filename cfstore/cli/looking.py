@@ -15,18 +15,23 @@ import click
 from cfstore.cli.terminal import echo_rows, json_option, print_json, store_option
 from cfstore.render import human_bytes, plain, text_table
 
+_BY_ENDING = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
+
 
 @click.command()
 @click.argument("query")
 @click.option(
-    "--format", "form", type=click.Choice(["table", "csv", "json", "parquet"]), default="table", show_default=True
+    "--format",
+    "form",
+    type=click.Choice(["table", *_BY_ENDING.values()]),
+    help="[default: what the name of -o says (.csv, .json, .parquet), else table]",
 )
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file.")
 @click.option(
     "--runs", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Also see these training runs."
 )
 @store_option
-def sql(query: str, form: str, output: Path | None, runs: Path | None, store: Path | str) -> None:
+def sql(query: str, form: str | None, output: Path | None, runs: Path | None, store: Path | str) -> None:
     """Run one read-only SQL query over patients, slides, bags, splits, skipped, derived and prototypes.
 
     With --runs DIR also over runs and predictions. Nothing outside the store can be read or
@@ -35,12 +40,13 @@ def sql(query: str, form: str, output: Path | None, runs: Path | None, store: Pa
     \b
     Example:
         cfstore sql "SELECT cohort, count(*), sum(event::int) FROM patients GROUP BY cohort"
-        cfstore sql "SELECT * FROM bags WHERE scale = 20" --format parquet -o bags.parquet
+        cfstore sql "SELECT * FROM bags WHERE scale = 20" -o bags.parquet
         cfstore sql "SELECT run, c_index FROM runs ORDER BY c_index DESC" --runs runs/
     """
     from cfstore.runs import read_runs
     from cfstore.store import open_store
 
+    form = form or _BY_ENDING.get(output.suffix.lower() if output else "", "table")
     if form == "parquet" and output is None and sys.stdout.isatty():
         message = "parquet is binary: write it to a file with -o FILE"
         raise click.UsageError(message)

@@ -91,6 +91,19 @@ def test_sql_answers_in_every_format(form: str, demo: Path, tmp_path: Path) -> N
     assert rows == [(5, 12), (10, 12), (20, 12)]
 
 
+def test_the_name_of_the_file_says_the_format_where_none_is_named(demo: Path, tmp_path: Path) -> None:
+    def written(name: str, *words: str) -> bytes:
+        done = invoke("sql", "SELECT 1 AS a, 'x' AS b", "-o", tmp_path / name, *words, "--store", demo / "store")
+        assert done.exit_code == 0, done.output
+        return (tmp_path / name).read_bytes()
+
+    assert list(csv.reader(written("rows.csv").decode().splitlines())) == [["a", "b"], ["1", "x"]]
+    assert json.loads(written("rows.JSON")) == [{"a": 1, "b": "x"}]
+    assert written("rows.parquet").startswith(b"PAR1")
+    assert written("rows.txt").decode().split() == ["a", "b", "-", "-", "1", "x"]
+    assert json.loads(written("named.csv", "--format", "json")) == [{"a": 1, "b": "x"}]
+
+
 def test_what_a_format_cannot_hold_is_said_in_one_line_and_leaves_no_file(demo: Path, tmp_path: Path) -> None:
     for form, query, said in (
         ("csv", "SELECT [1, 2] AS both", "csv cannot hold this"),
