@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from shutil import disk_usage
@@ -129,6 +129,14 @@ def describe_derive(report: DeriveReport) -> Iterator[str]:
     processes = f" in {report.n_processes} processes" if report.n_processes > 1 else ""
     yield f"done       {report.n_done} arrays of {report.n_slides} slides, {report.seconds:.1f} s{processes}"
     yield from _describe_deaths(report.n_restarted, f"{report.n_recovered} arrays")
+
+
+def describe_cohort(row: Mapping[str, Any]) -> str:
+    """A cohort of `StoreInfo.cohorts` in one line: its slides, and how many of them have a label."""
+    return (
+        f"{row['cohort']}: {row['n_slides']} slides; with a label {row['n_labelled_slides']} "
+        f"of {row['n_labelled_patients']} patients, {row['n_events']} events"
+    )
 
 
 def plan_json(plan: IngestPlan) -> dict[str, Any]:

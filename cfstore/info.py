@@ -131,9 +131,15 @@ def read_info(root: Path) -> StoreInfo:
                 f"""
                 SELECT slides.cohort, slide_id, slides.patient_id,
                        CASE WHEN slides.patient_id IS NULL THEN 'no patient known'
+                            WHEN patients.patient_id IS NULL AND len(others.cohorts) > 1
+                            THEN 'patient in the tables of several cohorts: ' || list_aggregate(
+                                list_sort(others.cohorts), 'string_agg', ', ')
                             WHEN patients.patient_id IS NULL THEN 'patient in no clinical table of the cohort'
                             ELSE 'patient has no follow-up' END AS reason
-                FROM {_JOINED} WHERE NOT coalesce({_LABELLED}, false) ORDER BY ALL""",
+                FROM {_JOINED}
+                LEFT JOIN (SELECT patient_id, list(cohort) AS cohorts FROM patients GROUP BY patient_id) AS others
+                       ON others.patient_id = slides.patient_id
+                WHERE NOT coalesce({_LABELLED}, false) ORDER BY ALL""",
             ),
             labels_without_slide=_labels_without_slide(connection, root),
             slides_missing_scale=_rows(

@@ -82,7 +82,7 @@ def ingest(
         cfstore ingest bags/ --scale 20 --encoder uni --cohort BLCA --clinical blca.csv
         cfstore ingest /shared/bags --store /shared/store --engine ray --address 10.0.0.5:6379
     """
-    from cfstore.describe import describe_plan, describe_report, plan_json, report_json
+    from cfstore.describe import describe_cohort, describe_plan, describe_report, plan_json, report_json
     from cfstore.store import IngestOptions, has_store, open_store, plan_ingest
 
     options = IngestOptions(
@@ -115,9 +115,6 @@ def ingest(
     for line in describe_report(report):
         say(line)
     for row in opened.info().cohorts:
-        say(
-            f"cohort     {row['cohort']}: {row['n_slides']} slides; with a label {row['n_labelled_slides']} "
-            f"of {row['n_labelled_patients']} patients, {row['n_events']} events"
-        )
+        say(f"cohort     {describe_cohort(row)}")
     if as_json:
         print_json(report_json(plan, report, store))

@@ -24,9 +24,12 @@ def clinical(file: Path, cohort: str | None, store: Path | str, as_json: bool) -
     Example:
         cfstore clinical tcga_blca_all_clean.csv.zip --cohort BLCA
     """
+    from cfstore.describe import describe_cohort
     from cfstore.store import open_store
 
     opened = open_store(store, create=True)
+    counts = "SELECT cohort, count(*) AS n_patients FROM patients GROUP BY cohort ORDER BY cohort"
+    before = {row["cohort"]: row["n_patients"] for row in opened.sql(counts).to_pylist()}
     table = opened.import_clinical(file, cohort)
     events = sum(bool(event) for event in table.patients["event"].to_pylist())
     say = printer(as_json)
@@ -34,6 +37,12 @@ def clinical(file: Path, cohort: str | None, store: Path | str, as_json: bool) -
     say(f"{file} ({table.format}): {len(table.patients)} patients, {events} events, cohort {', '.join(cohorts)}")
     for note in table.notes:
         say(f"  {note}")
+    replaced = {name: n for name, n in before.items() if name in cohorts}
+    for name, n_patients in replaced.items():
+        say(f"  replaces the table of cohort {name} imported before, {n_patients} patients")
+    held = opened.info().cohorts
+    for row in held:
+        say(f"  in the store {describe_cohort(row)}")
     if as_json:
         print_json(
             {
@@ -42,6 +51,8 @@ def clinical(file: Path, cohort: str | None, store: Path | str, as_json: bool) -
                 "n_patients": len(table.patients),
                 "n_events": events,
                 "notes": table.notes,
+                "replaced": replaced,
+                "in_store": held,
             }
         )
 

@@ -175,3 +175,38 @@ def test_synth_prints_both_c_indices(tmp_path: Path) -> None:
     made = json.loads(done.stdout)
     assert 0.5 < made["c_index_best_single_scale"] < 1
     assert made["c_index_oracle"] == json.loads((tmp_path / "h5" / "synth.json").read_text())["c_index_oracle"]
+
+
+def clinical_table(path: Path, *patients: str) -> Path:
+    path.write_text("patient_id,time_months,event\n" + "".join(f"{patient},12,1\n" for patient in patients))
+    return path
+
+
+def test_an_imported_table_says_what_it_replaces_and_how_many_slides_have_a_label(demo: Path, tmp_path: Path) -> None:
+    bags, store = tmp_path / "bags" / "x20", tmp_path / "store"
+    bags.mkdir(parents=True)
+    source = next((demo / "h5" / "x20" / "h5_files").iterdir()).read_bytes()
+    for patient in ("TCGA-AA-0001", "TCGA-AA-0002"):
+        (bags / f"{patient}-01Z-00-DX1.h5").write_bytes(source)
+    assert invoke("ingest", bags, "--encoder", "toy", "--store", store).exit_code == 0
+    right = clinical_table(tmp_path / "right.csv", "TCGA-AA-0001", "TCGA-AA-0002", "TCGA-AA-0003")
+    wrong = clinical_table(tmp_path / "wrong.csv", "P1", "P2")
+
+    def imported(table: Path, cohort: str) -> str:
+        done = invoke("clinical", table, "--cohort", cohort, "--store", store)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert "replaces" not in (first := imported(right, "GBM"))
+    assert "in the store GBM: 2 slides; with a label 2 of 2 patients, 2 events" in first
+    second = imported(wrong, "GBM")
+    assert "replaces the table of cohort GBM imported before, 3 patients" in second
+    assert "2 slides; with a label 0 of 0 patients" in second
+    imported(right, "GBM")
+    assert "2 slides; with a label 0 of 0 patients" in imported(right, "GLIOMA")
+    lacking = json.loads(invoke("info", "--json", "--store", store).stdout)["slides_without_label"]
+    assert {row["reason"] for row in lacking} == {"patient in the tables of several cohorts: GBM, GLIOMA"}
+    for path in (store / "tables").glob("*-GLIOMA.parquet"):
+        path.unlink()
+    assert invoke("reindex", "--store", store).exit_code == 0
+    assert json.loads(invoke("info", "--json", "--store", store).stdout)["slides_without_label"] == []
