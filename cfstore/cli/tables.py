@@ -94,8 +94,13 @@ def splits(
     else:
         made = opened.make_splits(n_folds or 0, cohort, seed=seed, name=name)
     rows = [{"fold": k, "train": len(fold.train), "val": len(fold.val)} for k, fold in made.folds.items()]
+    folded = frozenset[str]().union(*(part for fold in made.folds.values() for part in (fold.train, fold.val)))
+    slides = opened.sql("SELECT DISTINCT cohort, patient_id FROM slides WHERE patient_id IS NOT NULL").to_pylist()
+    held = {row["patient_id"] for row in slides if cohort in (None, row["cohort"])}
     if as_json:
-        print_json({"name": made.name, "folds": rows})
+        print_json({"name": made.name, "folds": rows, "n_patients": len(held), "n_in_folds": len(held & folded)})
     else:
         click.echo(f"splits {made.name}: {len(rows)} folds of patients")
         echo_rows(rows)
+        whose = f"patients with a slide in cohort {cohort}" if cohort else "patients with a slide"
+        click.echo(f"of {len(held)} {whose}, {len(held & folded)} are in these folds")

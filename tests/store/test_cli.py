@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -210,3 +211,22 @@ def test_an_imported_table_says_what_it_replaces_and_how_many_slides_have_a_labe
         path.unlink()
     assert invoke("reindex", "--store", store).exit_code == 0
     assert json.loads(invoke("info", "--json", "--store", store).stdout)["slides_without_label"] == []
+
+
+def test_imported_folds_say_how_many_patients_of_the_store_they_hold(demo: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(demo / "store", tmp_path / "store")
+    query = "SELECT DISTINCT patient_id FROM slides ORDER BY 1"
+    answer = json.loads(invoke("sql", query, "--format", "json", "--store", store).stdout)
+    ours = [row["patient_id"] for row in answer]
+
+    def imported(name: str, train: str, val: str, *words: str) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "splits_0.csv").write_text(f",train,val\n0,{train},{val}\n")
+        done = invoke("splits", tmp_path / name, "--store", store, *words)
+        assert done.exit_code == 0, done.output
+        return done.stdout.splitlines()[-1]
+
+    assert imported("some", ours[0], ours[1]) == f"of {len(ours)} patients with a slide, 2 are in these folds"
+    assert imported("others", "P1", "P2") == f"of {len(ours)} patients with a slide, 0 are in these folds"
+    said = imported("misspelt", ours[0], ours[1], "--cohort", "DEM")
+    assert said == "of 0 patients with a slide in cohort DEM, 0 are in these folds"
