@@ -49,7 +49,7 @@ _CODECS = ("none", "blosc-zstd", "blosc-zstd-bitshuffle", "blosc-lz4", "blosc-lz
     type=click.Choice(["stop", "skip"]),
     default="stop",
     show_default=True,
-    help="Bad files: stop before anything is written, or leave their slides out.",
+    help="Bad files: stop before anything is written (at NaN rows: when the first is met), or leave their slides out.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what was understood and what would be written; write nothing.")
 @store_option
