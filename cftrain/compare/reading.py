@@ -107,13 +107,24 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
         here = [folder / "summary.json"] if (folder / "summary.json").is_file() else []
         summaries = here or sorted([*folder.glob("*/summary.json"), *folder.glob("*/*/summary.json")])
         if not summaries:
-            msg = f"{folder}: no finished run in it (no summary.json down to two levels); finish it with `cftrain run`"
+            msg = (
+                f"{folder}: no finished run in it (no summary.json down to two levels); "
+                "finish one with `cftrain run --resume --out RUN`"
+            )
             raise RunError(msg)
         found |= {path.parent.resolve(): path.parent for path in summaries}
     if not found:
         msg = "no runs to compare; name run directories, or a folder of them"
         raise RunError(msg)
     return list(found.values())
+
+
+def unfinished_runs(folders: Sequence[Path]) -> list[Path]:
+    """The run directories one or two levels below the folders that were begun and are not finished."""
+    below = (
+        path.parent for folder in folders for level in ("*", "*/*") for path in folder.glob(f"{level}/config.toml")
+    )
+    return list({path.resolve(): path for path in sorted(below) if not (path / "summary.json").is_file()}.values())
 
 
 def read_run(folder: Path, metric: str) -> Run:
@@ -133,7 +144,7 @@ def read_run(folder: Path, metric: str) -> Run:
     """
     missing = [name for name in ("summary.json", "predictions.parquet") if not (folder / name).is_file()]
     if missing:
-        msg = f"{folder}: no {missing[0]}: not a finished run; finish it with `cftrain run` first"
+        msg = f"{folder}: no {missing[0]}: not a finished run; finish it with `cftrain run --resume --out {folder}`"
         raise RunError(msg)
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

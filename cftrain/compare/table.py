@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from cftrain.compare.pairing import against
-from cftrain.compare.reading import METRICS, Run, find_runs, read_run, with_metric
+from cftrain.compare.reading import METRICS, Run, find_runs, read_run, unfinished_runs, with_metric
 from cftrain.errors import ConfigError
 from cftrain.survival.resampling import mean_of_defined
 
@@ -141,6 +141,7 @@ def compare(
     of = _keys(read)
     names = _names(list(dict.fromkeys(of.values())))
     notes = _notes(read) + [f"{'/'.join(each.parts[-2:])}: left out, it has no {metric}." for each in lacking]
+    notes += [f"{'/'.join(each.parts[-2:])}: left out, it is not finished." for each in unfinished_runs(runs)]
     columns = []
     for cohort in cohorts:
         members: dict[str, list[Run]] = {}

@@ -96,7 +96,7 @@ def _read(run: Path, name: str, reader: Callable[[Path], T]) -> T:
     try:
         return reader(run / name)
     except FileNotFoundError as error:
-        msg = f"{run}: no {name}: not a finished run; finish it with `cftrain run` first"
+        msg = f"{run}: no {name}: not a finished run; finish it with `cftrain run --resume --out {run}`"
         raise RunError(msg) from error
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         msg = f"{run}: {name} cannot be used ({error}); run `cftrain run` again"

@@ -330,11 +330,22 @@ def test_a_synthetic_cohort_is_called_so(tmp_path):
     assert "synthetic" in to_latex(compare([run]))
 
 
+def test_runs_of_a_folder_that_were_begun_and_not_finished_are_left_out_by_name(tmp_path):
+    make_run(tmp_path / "runs" / "seed_1")
+    (tmp_path / "runs" / "seed_1" / "config.toml").touch()
+    for killed in ("seed_2", "several/seed_3"):
+        (tmp_path / "runs" / killed).mkdir(parents=True)
+        (tmp_path / "runs" / killed / "config.toml").touch()
+    notes = compare([tmp_path / "runs"]).notes
+    left_out = [note.split(":")[0] for note in notes if note.endswith("left out, it is not finished.")]
+    assert left_out == ["runs/seed_2", "several/seed_3"]
+
+
 @pytest.mark.parametrize("name", ["summary.json", "predictions.parquet"])
 def test_an_unfinished_run_is_named_with_what_to_do(tmp_path, name):
     run = make_run(tmp_path / "a")
     (run / name).unlink()
-    with pytest.raises(RunError, match="cftrain run") as caught:
+    with pytest.raises(RunError, match="cftrain run --resume --out") as caught:
         compare([run])
     assert str(run) in str(caught.value)
     assert name in str(caught.value)
