@@ -33,7 +33,11 @@ _NESTED = "train.nested=0.2"
     "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Train seeds train.seed, +1, ..."
 )
 @click.option("--encoder", metavar="NAME", help="Encoder of the features [default: the cohort's only one].")
-@click.option("--splits", metavar="NAME", help="Split set [default: the cohort's only one, or made by patient].")
+@click.option(
+    "--splits",
+    metavar="NAME",
+    help="Split set [default: the cohort's only one; made by patient where there is none, and with --where].",
+)
 @click.option(
     "--unit", type=click.Choice(["slide", "patient"]), help="One bag per slide, or one of all a patient's slides."
 )
