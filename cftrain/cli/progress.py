@@ -97,8 +97,8 @@ class Progress:
         for why in epoch.skipped:
             self._say(f"{name}  epoch {epoch.epoch}: step left out: {why}")
         return (
-            f"{name}  epoch {epoch.epoch}/{self._epochs[run]}  loss {epoch.train_loss:.3f}  "
-            f"val loss {epoch.val_loss:.3f}  val C-index {number(epoch.c_index_patient)} per patient"
+            f"{name}  epoch {epoch.epoch}/{self._epochs[run]}  loss {number(epoch.train_loss)}  "
+            f"val loss {number(epoch.val_loss)}  val C-index {number(epoch.c_index_patient)} per patient"
         )
 
     def beat(self, beat: Any) -> None:

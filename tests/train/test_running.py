@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -196,6 +197,12 @@ def test_a_terminal_shows_every_fold_and_how_long_it_takes_and_a_pipe_shows_plai
         assert ("#" in shown) == live
         assert ("10 % waiting for data" in shown) == live
         assert ("[#######.................]  30 %" in shown) == live
+
+
+def test_a_model_in_closed_form_shows_no_training_loss_rather_than_nan(capsys):
+    told = Progress((), [1], live=False)
+    told.epoch(0, 0, SimpleNamespace(epoch=1, train_loss=math.nan, val_loss=0.7, c_index_patient=0.8, skipped=()))
+    assert capsys.readouterr().err == "fold 0  epoch 1/1  loss n/a  val loss 0.700  val C-index 0.800 per patient\n"
 
 
 def test_learners_that_part_and_meet_again_are_counted_once(capsys):
