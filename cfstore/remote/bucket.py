@@ -42,6 +42,8 @@ _NO_RETRY: Final = {
 }
 
 _clients: dict[tuple[object, ...], ObjectStore] = {}
+_first_in: dict[str, int] = {}
+"""The process that spoke to a server first: this one, or one that it was forked from."""
 _lock = threading.Lock()
 
 
@@ -74,6 +76,8 @@ class Range:
 class Bucket:
     """The objects below one address. Thread-safe; may be pickled: a process opens a client of its own.
 
+    A process that was forked from one that had made requests cannot make any: the client's threads are not in it.
+
     Keys are relative to the address, with slashes. Every request is tried again where that may help.
 
     Parameters
@@ -94,7 +98,7 @@ class Bucket:
     StoreError
         The address cannot be one of a store.
     RemoteError
-        obstore is not installed (raised by the first request).
+        obstore is not installed, or this process was forked too late (raised by the first request).
     """
 
     url: str
@@ -350,8 +354,9 @@ class Bucket:
 
     def _client(self, *, sends: int = 0, in_parts: bool = False) -> ObjectStore:
         """A client whose requests send up to so many bytes; of as few kinds as will do."""
+        _check_not_forked(self.url)
         times = 1 << ((max(sends, 1) - 1) // _SENT_IN_TIME).bit_length()
-        key = (os.getpid(), self.url, self.settings, self.timeout, self._http, times, in_parts)
+        key = (self.url, self.settings, self.timeout, self._http, times, in_parts)
         client = _clients.get(key)
         if client is None:
             with _lock:
@@ -421,6 +426,16 @@ class Bucket:
         if no_ranges:
             return RemoteError(f"{self.shown(key)}: the server answers no ranges; use one that does")
         return RemoteError(f"{self.shown(key)}: cannot {what} it ({_line(error)})")
+
+
+def _check_not_forked(url: str) -> None:
+    """Raise where a request would wait for ever, for threads that a fork does not copy."""
+    if os.getpid() != _first_in.setdefault("pid", os.getpid()):
+        message = (
+            f"{url}: this process was forked from one that had spoken to object storage, which cannot go on in it: "
+            "start it by spawn (of a DataLoader: multiprocessing_context='spawn')"
+        )
+        raise RemoteError(message)
 
 
 def _is_remote(error: FileNotFoundError) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import pickle
 import threading
+import warnings
+from typing import Any
 
 import pytest
 from faulty_proxy import Fault, FaultyProxy
@@ -198,6 +201,30 @@ def test_a_bucket_goes_to_another_process_and_serves_many_threads(bucket):
     for thread in threads:
         thread.join()
     assert found == {number: bytes(range(number, number + 10)) for number in range(40)}
+
+
+def _get(bucket: Bucket, answers: Any) -> None:
+    try:
+        answers.put(bucket.get("a"))
+    except RemoteError as error:
+        answers.put(str(error))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_process_that_was_forked_is_told_to_spawn_and_does_not_wait_for_ever(bucket, method):
+    bucket.put("a", b"0123")
+    context = multiprocessing.get_context(method)
+    answers = context.SimpleQueue()
+    process = context.Process(target=_get, args=(bucket, answers))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: that forking with threads is dangerous
+        process.start()
+    process.join(20)
+    process.kill()
+    process.join()
+    assert not answers.empty()
+    answer = answers.get()
+    assert answer == b"0123" if method == "spawn" else "start it by spawn" in answer
 
 
 # -- faults --------------------------------------------------------------------------------------
