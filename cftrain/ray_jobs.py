@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ _PATIENCE: Final = 300.0
 lost power for 90."""
 _LEAVE_SECONDS: Final = 300.0
 """For jobs that were asked to stop to write their checkpoints."""
+_STOP_FILE: Final = ".stop"
+"""In the sweep's directory, while its jobs are to stop: what Ray interrupts a worker by gets lost where Python is inside
+a callback, as in the midst of an import."""
+_LOOK_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class OnRay:
             task = ray.remote(**asked, max_retries=self.resources.retries, retry_exceptions=False)(_do)
             code, place = code_version(), _place(self.resources)
             uuid = cfstore.open(jobs[0].store).header.uuid  # one plan, one store
+            stopping = jobs[0].run.out.parent / _STOP_FILE
+            stopping.unlink(missing_ok=True)
 
             def begin(job: Job) -> Any:
                 return task.remote(code, pickle.dumps((job, place, tuple(command), uuid)))
@@ -72,6 +79,7 @@ class OnRay:
                     self._collect(ray, begin, jobs, listener, own)
                 finally:
                     stop.by = own.by
+                    stopping.unlink(missing_ok=True)
 
     def _collect(
         self, ray: Any, begin: Callable[[Job], Any], jobs: Sequence[Job], listener: Listener, stop: StopRequest
@@ -98,6 +106,7 @@ class OnRay:
                 room.look()
                 if stop and not leaving:
                     leaving = time.monotonic() + _LEAVE_SECONDS
+                    (jobs[0].run.out.parent / _STOP_FILE).touch()
                     _cancel(ray, pending, force=False)
                 if leaving and time.monotonic() > leaving:
                     return
@@ -139,7 +148,21 @@ def _do(code: str, packed: bytes) -> Outcome:
     job, place, command, uuid = pickle.loads(packed)  # noqa: S301 - of the process that gave out the jobs, by Ray
     _check_sees(job.run.out.parent)
     _check_store(job.store, uuid)
-    return do(job, place, command)
+    with listening(_Told(job.run.out.parent / _STOP_FILE)):
+        return do(job, place, command)
+
+
+class _Told:
+    """SIGTERM while a file is there; it is looked for once a second."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._next, self._there = file, 0.0, False
+
+    def __call__(self) -> signal.Signals | None:
+        """What `listening` asks."""
+        if time.monotonic() >= self._next:
+            self._next, self._there = time.monotonic() + _LOOK_SECONDS, self._file.exists()
+        return signal.SIGTERM if self._there else None
 
 
 def _check_sees(out: Path) -> None:

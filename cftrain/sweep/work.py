@@ -105,6 +105,8 @@ def _patiently(job: Job, place: Place, command: Sequence[str], watch: Watcher) -
         except RunBusyError:
             if time.monotonic() > deadline:
                 raise
+            if number := asked():
+                raise StoppedError(f"stopped by {number.name}", int(number)) from None
             time.sleep(_POLL_SECONDS)
         else:
             return

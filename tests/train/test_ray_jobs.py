@@ -82,6 +82,34 @@ def test_a_node_that_lacks_the_store_or_has_another_in_its_place_is_named_and_tr
     assert not job.error_file.exists()
 
 
+def test_a_job_whose_interrupt_gets_lost_is_stopped_by_the_file_of_the_sweep(store, tmp_path):
+    plan = read_plan(
+        write_plan(tmp_path / "plan.toml", store, cohorts=("ONE",), models=("abmil",), seeds=(7,), epochs=200)
+    )
+    (job,) = jobs_of(plan)
+    packed = pickle.dumps((job, ray_jobs._place(plan.resources), (), cfstore.open(store).header.uuid))
+
+    def stop_when_it_trains():
+        until(lambda: list(job.run.out.glob("fold_*/checkpoint.safetensors")))
+        (plan.out / ".stop").touch()
+
+    thread = threading.Thread(target=stop_when_it_trains)
+    with run_directory.held(plan.out):
+        thread.start()
+        outcome = ray_jobs._do(cfstore.code_version(), packed)
+        thread.join()
+        assert outcome.state == "stopped"
+        assert not (job.run.out / "summary.json").exists()
+        assert ray_jobs._do(cfstore.code_version(), packed).state == "stopped"  # the file is there still
+
+
+def until(true, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 # -- two nodes ---------------------------------------------------------------------------------------
 
 
