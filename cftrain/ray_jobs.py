@@ -32,8 +32,8 @@ lost power for 90."""
 _LEAVE_SECONDS: Final = 300.0
 """For jobs that were asked to stop to write their checkpoints."""
 _STOP_FILE: Final = ".stop"
-"""In the sweep's directory, while its jobs are to stop: what Ray interrupts a worker by gets lost where Python is inside
-a callback, as in the midst of an import."""
+"""In the sweep's directory, while its jobs are to stop: what Ray interrupts a worker by gets lost where Python is in a
+callback, as in the midst of an import."""
 _LOOK_SECONDS: Final = 1.0
 
 
