@@ -11,6 +11,7 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -106,7 +107,8 @@ class OnRay:
                 room.look()
                 if stop and not leaving:
                     leaving = time.monotonic() + _LEAVE_SECONDS
-                    (jobs[0].run.out.parent / _STOP_FILE).touch()
+                    with suppress(OSError):  # a disk that is full: the interrupt may reach them all the same
+                        (jobs[0].run.out.parent / _STOP_FILE).touch()
                     _cancel(ray, pending, force=False)
                 if leaving and time.monotonic() > leaving:
                     return

@@ -81,11 +81,13 @@ def rm(slides: tuple[str, ...], encoder: str | None, store: Path | str, as_json:
     from cfstore.store import open_store
 
     slide_ids = list(dict.fromkeys(strip_suffixes(slide) for slide in slides))
-    n_bags = open_store(store).remove(slide_ids, encoder)
+    opened = open_store(store)
+    n_bags = opened.remove(slide_ids, encoder)
     say = printer(as_json)
     for slide_id in slide_ids:
         say(f"removed    {slide_id}")
-    say(f"done       {len(slide_ids)} slides ({n_bags} bags) removed; `cfstore compact` frees their space")
+    space = "their space stays taken in a bucket" if opened.url else "`cfstore compact` frees their space"
+    say(f"done       {len(slide_ids)} slides ({n_bags} bags) removed; {space}")
     if as_json:
         print_json({"slides": slide_ids, "encoder": encoder, "n_bags": n_bags})
 

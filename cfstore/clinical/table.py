@@ -22,6 +22,7 @@ from cfstore.clinical.cells import (
 from cfstore.clinical.collapse import Patients
 from cfstore.clinical.files import UNREADABLE, RawTable, read_names, read_raw
 from cfstore.clinical.formats import (
+    DAYS_PER_MONTH,
     ONCOTREE_COLUMNS,
     SEX_COLUMNS,
     SITE_COLUMNS,
@@ -37,6 +38,7 @@ from cfstore.names import strip_suffixes, tcga_patient_id
 
 _BARCODE_LENGTH: Final = 12  # TCGA-XX-XXXX
 _N_NAMED: Final = 20
+_UNLIKELY_MONTHS: Final = 240.0
 
 Floats = NDArray[np.float64]
 
@@ -194,11 +196,23 @@ def _labels(raw: RawTable, form: Format, who: Patients) -> tuple[dict[str, pa.Ar
     notes += [f"{unlabelled} patients without follow-up (time or event missing)"] if unlabelled else []
     at_zero = int((time == 0).sum())
     notes += [f"{at_zero} patients with time 0"] if at_zero else []
+    notes += _unlikely(form, time)
     labels = {
         "time_months": pa.array(time, mask=np.isnan(time)),
         "event": pa.array(event == 1.0, mask=np.isnan(event)),
     }
     return labels, notes
+
+
+def _unlikely(form: Format, time: Floats) -> list[str]:
+    """Half of the patients followed for more than 20 years: a column that is named months may hold days."""
+    known = time[~np.isnan(time)]
+    if not known.size or (median := float(np.median(known))) <= _UNLIKELY_MONTHS:
+        return []
+    return [
+        f"{form.time} has a median of {median:,.0f} months ({median / 12:.0f} years): "
+        f"if these are days, divide them by {DAYS_PER_MONTH}"
+    ]
 
 
 def _gdc_time(raw: RawTable, form: Format, who: Patients, event: Floats) -> tuple[Floats, list[str]]:

@@ -370,6 +370,15 @@ def test_sex_is_female_or_male_whatever_the_column(tmp_path: Path, column: str, 
     assert table.patients.column_names == CANONICAL
 
 
+def test_months_that_are_days_are_pointed_out(tmp_path: Path) -> None:
+    table = read(tmp_path, "case_id,survival_months,censorship\na,585,1\nb,912,0\nc,30,0\n")
+    said = "survival_months has a median of 585 months (49 years): if these are days, divide them by 30.44"
+    assert said in table.notes
+    assert table.patients["time_months"].to_pylist() == [585.0, 912.0, 30.0]
+    days = read(tmp_path, "case_id,os_survival_days,os_censorship\na,585,1\nb,912,0\nc,30,0\n")
+    assert not any("days" in note for note in days.notes)
+
+
 def test_an_age_that_is_no_number_is_empty_and_said(tmp_path: Path) -> None:
     table = read(tmp_path, "patient_id,time_months,event,age\na,1,1,>89\nb,1,1,64\n")
     assert table.patients["age"].to_pylist() == [None, 64.0]
