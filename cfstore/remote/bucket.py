@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import numpy as np
 
 from cfstore.errors import PreconditionFailedError, RemoteError, RemoteObjectChangedError, RemoteObjectMissingError
-from cfstore.remote.locate import allows_http, can_list, normal_url, settings_of
+from cfstore.remote.locate import allows_http, can_list, credentials_of, normal_url, settings_of
 from cfstore.remote.retry import DEFAULT_RETRY, GaveUpError, Retry, TemporaryError
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ _MOST_CONDITIONAL: Final = 5 * 10**9  # one request takes no more, on any cloud
 _STATUS: Final = re.compile(r"status code: (\d{3})")
 _QUERY: Final = re.compile(r"\?[^\s|]+")  # may hold a signature
 _ENDED: Final = re.compile("InvalidBlockList|NoSuchUpload")  # Azure; some servers of S3's protocol
+_ASKED_FOR_ROLE: Final = re.compile("latest/(api/token|meta-data)|computeMetadata|metadata/identity")
+"""Addresses at which machines of a cloud are told their credentials; asked where the environment has none."""
+_TRIES_FOR_ROLE: Final = 3
 _TEMPORARY: Final = (408, 409, 425, 429)
 _PLAIN_MD5: Final = re.compile(r'^"?([0-9a-f]{32})"?$')
 _NO_RETRY: Final = {
@@ -379,7 +382,8 @@ class Bucket:
         try:
             opened: ObjectStore = opens(self.url, client_options=options, **config, **retries)
         except (ValueError, _errors().BaseError) as error:
-            raise RemoteError(f"{self.url}: cannot be opened ({_line(error)})") from error
+            remedy = f"; set {credentials_of(self.url)}" if "Account must be specified" in str(error) else ""
+            raise RemoteError(f"{self.url}: cannot be opened ({_line(error)}){remedy}") from error
         return opened
 
     def _run(self, what: str, key: str, request: Callable[[int], Result], *, unchanged: bool = False) -> Result:
@@ -396,8 +400,16 @@ class Bucket:
             except (FileNotFoundError, PermissionError, ValueError, errors.BaseError) as error:
                 raise self._sorted_out(error, what, key) from error
 
+        def with_credentials(number: int) -> Result:
+            try:
+                return sorted_out(number)
+            except TemporaryError as error:
+                if number + 1 >= _TRIES_FOR_ROLE and _ASKED_FOR_ROLE.search(str(error)):
+                    raise self._no_credentials(what, key, error) from error
+                raise
+
         try:
-            return self.retry.run(sorted_out)
+            return self.retry.run(with_credentials)
         except GaveUpError as error:
             message = f"{self.shown(key)}: cannot {what} it, {error.tries} times in a row ({error})"
             raise RemoteError(f"{message}; the server or the way to it fails: try again later") from error
@@ -419,6 +431,8 @@ class Bucket:
             final = True
         if not final:
             return TemporaryError(_line(error))
+        if _ASKED_FOR_ROLE.search(str(error)):
+            return self._no_credentials(what, key, error)
         if status == 404 and what == "list":  # a folder that holds nothing is a list without entries
             return RemoteError(f"{self.url}: there is no such bucket; make it first, or mend the address")
         if status == 416:
@@ -426,6 +440,12 @@ class Bucket:
         if no_ranges:
             return RemoteError(f"{self.shown(key)}: the server answers no ranges; use one that does")
         return RemoteError(f"{self.shown(key)}: cannot {what} it ({_line(error)})")
+
+    def _no_credentials(self, what: str, key: str, error: BaseException) -> RemoteError:
+        return RemoteError(
+            f"{self.shown(key)}: cannot {what} it without credentials: the environment has none, and this machine no "
+            f"role that could be asked for ({_line(error)}); set {credentials_of(self.url)}"
+        )
 
 
 def _check_not_forked(url: str) -> None:

@@ -22,8 +22,16 @@ _URL: Final = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://")
 _SPOKEN_TO: Final = {
     "s3": ("AWS_ALLOW_HTTP", ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")),
     "az": ("AZURE_ALLOW_HTTP", ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")),
+    "gs": ("GOOGLE_ALLOW_HTTP", ("GOOGLE_BASE_URL",)),
 }
 """By scheme: the variable that allows requests without encryption, and those that name the server."""
+_CREDENTIALS: Final = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (profiles of ~/.aws are not looked at), or, where the bucket is "
+    "public, AWS_SKIP_SIGNATURE=true",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS or, where the bucket is public, GOOGLE_SKIP_SIGNATURE=true",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY or, where the container is public, the name and "
+    "AZURE_SKIP_SIGNATURE=true",
+}
 _TRUE: Final = ("1", "true", "yes", "on")
 
 
@@ -71,7 +79,7 @@ def can_list(url: str) -> bool:
 
 def allows_http(url: str, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether requests may go without encryption: to this machine itself, where an http address was given, or
-    where AWS_ALLOW_HTTP or AZURE_ALLOW_HTTP says so.
+    where AWS_ALLOW_HTTP, AZURE_ALLOW_HTTP or GOOGLE_ALLOW_HTTP says so.
     """
     scheme = urlsplit(url).scheme
     if scheme == "http":
@@ -107,3 +115,8 @@ def settings_of(url: str, environment: Mapping[str, str] = os.environ) -> dict[s
         settings["endpoint"] = endpoint
     settings["region"] = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or "us-east-1"
     return settings
+
+
+def credentials_of(url: str) -> str:
+    """The variables that hold the credentials of a cloud, for messages."""
+    return _CREDENTIALS[urlsplit(url).scheme]

@@ -50,7 +50,7 @@ def bucket_url(s3: FaultyProxy, s3_port: int) -> str:
     """The address of a folder of an empty bucket of its own."""
     import boto3
 
-    name = f"bucket-{next(_numbers)}"
+    name = f"bucket{next(_numbers)}"  # no "-": the client of gs:// writes it as %2D, which moto does not undo
     client = boto3.client(
         "s3",
         endpoint_url=f"http://127.0.0.1:{s3_port}",

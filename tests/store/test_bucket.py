@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 import pickle
 import threading
 import warnings
@@ -380,3 +381,47 @@ def test_a_web_server_takes_no_writes_and_lists_nothing():
     for refused in (lambda: web.put("a", b""), lambda: web.delete(["a"]), lambda: list(web.list())):
         with pytest.raises(RemoteError, match="a web server cannot be"):
             refused()
+
+
+# -- credentials ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "asked_at", "words"),
+    [
+        ("s3://b/s", {"AWS_METADATA_ENDPOINT": "http://{}"}, "set AWS_ACCESS_KEY_ID and .* AWS_SKIP_SIGNATURE=true$"),
+        ("gs://b/s", {"GCE_METADATA_HOST": "{0}", "GCE_METADATA_IP": "{0}"}, "set GOOGLE_APPLICATION_CREDENTIALS or, "),
+        (
+            "az://b/s",
+            {"AZURE_STORAGE_ACCOUNT_NAME": "a", "AZURE_MSI_ENDPOINT": "http://{}/metadata/identity/oauth2/token"},
+            "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+        ),
+    ],
+)
+@pytest.mark.parametrize("answered", [False, True])
+def test_without_credentials_the_variables_to_set_are_named_and_a_role_is_not_waited_for(
+    monkeypatch, url, asked_at, words, answered
+):
+    """A workstation has nobody, or a web server, where a cloud's machines are told their credentials."""
+    pytest.importorskip("obstore", reason="needs the extra [remote]")
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    url = f"{url}-{answered}"  # clients are kept by address
+    waits: list[float] = []
+    monkeypatch.setattr(Retry, "wait", lambda self, number: waits.append(number) or 0.001)
+    with FaultyProxy("127.0.0.1:9") as nobody:
+        nobody.faults.append(Fault("status" if answered else "reset", status=404, times=999))
+        for name, value in asked_at.items():
+            monkeypatch.setenv(name, value.format(f"127.0.0.1:{nobody.port}"))
+        with pytest.raises(RemoteError, match=rf"^{url}/x: cannot read it without credentials: .*{words}"):
+            Bucket(url).get("x")
+        assert 1 <= len(nobody.log) <= 6
+    assert len(waits) == (0 if answered else 2)
+
+
+def test_an_account_that_was_not_named_is_asked_for(monkeypatch):
+    pytest.importorskip("obstore", reason="needs the extra [remote]")
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(RemoteError, match=r"^az://b/unnamed: cannot be opened .*; set AZURE_STORAGE_ACCOUNT_NAME"):
+        Bucket("az://b/unnamed").get("x")
