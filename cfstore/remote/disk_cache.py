@@ -208,17 +208,26 @@ class DiskCache:
     def _count(self, more: int) -> int:
         """Add to the number of bytes kept, of all processes."""
         with self._held("used") as handle:
-            written = os.pread(handle, 32, 0)
-            count = int(written) + more if written.isdigit() else self.limit + 1  # none, or cut short: count anew
+            count = _counted(handle, self.limit + 1) + more  # none, or cut short: counted anew
             _write_count(handle, count)
             return count
 
     def _make_room(self) -> None:
-        """Throw out the least recently used slides; one process at a time, the others need not wait."""
+        """Throw out the least recently used slides; one process at a time, the others need not wait.
+
+        What they kept meanwhile, and left to this one, goes in the next turn.
+        """
+        while self._count(0) > self.limit:
+            if not self._throw_out():
+                return
+
+    def _throw_out(self) -> bool:
+        """False where another process is about it."""
         with (self.folder / "lock").open("rb") as lock:
             if not try_lock(lock.fileno()):
-                return
+                return False
             sweep(self._making, "")
+            before = self._count(0)
             slides = sorted(self._slides())
             used = sum(nbytes for _, nbytes, _ in slides)
             for _, nbytes, folder in slides:
@@ -229,8 +238,9 @@ class DiskCache:
                     folder.rename(gone)
                     discard(gone)
                     used -= nbytes
-            with self._held("used") as handle:
-                _write_count(handle, used)
+            with self._held("used") as handle:  # what came meanwhile may be counted twice, never not at all
+                _write_count(handle, used + max(0, _counted(handle, before) - before))
+            return True
 
     def _slides(self) -> Iterator[tuple[float, int, Path]]:
         """When last used, bytes, and folder of every slide."""
@@ -265,6 +275,12 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return [entry for entry in os.scandir(folder) if entry.is_dir()]
     except FileNotFoundError:
         return []
+
+
+def _counted(handle: int, otherwise: int) -> int:
+    """The number that is written, if it is one."""
+    written = os.pread(handle, 32, 0)
+    return int(written) if written.isdigit() else otherwise
 
 
 def _write_count(handle: int, count: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,7 @@ import cfstore
 from cfstore import IngestOptions
 from cfstore.derivation import Derivation
 from cfstore.errors import CacheError, StoreFormatError
+from cfstore.remote import disk_cache
 from cfstore.remote.bucket import Bucket
 from cfstore.remote.disk_cache import CacheWarning, DiskCache, cache_at, parse_cache, range_name, slide_name
 
@@ -150,6 +152,25 @@ def test_a_smaller_limit_named_by_another_process_holds_for_those_that_are_at_wo
     for number in range(30):
         cache.keep(slide_name(str(number)), "range", memoryview(content(number)))
         assert cache.used() <= MB
+
+
+def test_what_others_keep_while_one_makes_room_counts_and_goes_as_well(tmp_path, monkeypatch):
+    """A large cache takes seconds to go through, in which others keep gigabytes."""
+    cache, other = DiskCache(tmp_path, MB), DiskCache(tmp_path, MB)
+    numbers = iter(range(100, 120))
+    discard = disk_cache.discard
+
+    def discard_slowly(path: Path) -> None:
+        for number in itertools.islice(numbers, 5):
+            other.keep(slide_name(str(number)), "range", memoryview(content(number)))
+        discard(path)
+
+    monkeypatch.setattr(disk_cache, "discard", discard_slowly)
+    for number in range(10):
+        cache.keep(slide_name(str(number)), "range", memoryview(content(number)))
+    assert next(numbers, None) is None
+    assert cache.used() <= MB
+    assert int((tmp_path / "used").read_text()) >= cache.used()
 
 
 @pytest.mark.parametrize("left", [b"5\x00", b"", b"x"])
