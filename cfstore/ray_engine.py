@@ -8,7 +8,7 @@ is. Results are records of what was published, never arrays.
 from __future__ import annotations
 
 import os
-import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -31,7 +31,9 @@ RETRIES: Final = 3
 """How often a task is given out again after its worker died."""
 _PATIENCE_SECONDS: Final = 1800.0  # hundreds of tasks may finish at once, and a machine that died lets go late
 _POLL_SECONDS: Final = 0.2
-_CANCEL_SECONDS: Final = 60.0
+_STOP_SECONDS: Final = 60.0
+_ANSWER_SECONDS: Final = 10.0
+_ASK_SECONDS: Final = 0.002
 _GIB: Final = 1 << 30
 
 
@@ -134,40 +136,71 @@ def _attempt(code: str, view: View, packed: bytes, number: int, mailbox: Any) ->
     check_code(code)
     check_view(view)
     function, task = cloudpickle.loads(packed)
-    steps, stop = 0, False
+    told = _Told(number, mailbox)
+    result = function(task, told.step)
+    return worker.core_worker.get_current_task_attempt_number(), told.steps, result
 
-    def tell() -> None:
-        nonlocal steps
-        if stop:
-            raise StoppedError
-        steps += 1
-        mailbox.put.remote(number, steps)
 
-    def interrupt(*_: object) -> None:  # Ray's way to cancel; never in the middle of a step, as it publishes shards
-        nonlocal stop
-        stop = True
+class _Told:
+    """Tells the mailbox of a task's steps, and hears from it when to stop.
 
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        result = function(task, tell)
-        return worker.core_worker.get_current_task_attempt_number(), steps, result
-    finally:
-        signal.signal(signal.SIGINT, before)
+    Not from `ray.cancel`: where that meets a task that has just ended, Ray 2.60 ends the process that called it
+    ("Tried to complete task that was not pending").
+
+    Raises
+    ------
+    StoppedError
+        By this and by `step`, never in the middle of one, as it publishes shards: nobody wants the result.
+    """
+
+    def __init__(self, number: int, mailbox: Any) -> None:
+        import ray
+
+        self.steps = 0
+        self._ray, self._number, self._mailbox = ray, number, mailbox
+        self._asked = self._tell()
+        until = time.monotonic() + _ANSWER_SECONDS
+        while not self._answered() and time.monotonic() < until:
+            time.sleep(_ASK_SECONDS)  # `ray.get` would give this task's CPU to another meanwhile
+
+    def step(self) -> None:
+        self._answered()
+        self.steps += 1
+        sent = self._tell()
+        self._asked = self._asked or sent
+
+    def _tell(self) -> Any:
+        return self._mailbox.put.remote(self._number, self.steps)
+
+    def _answered(self) -> bool:
+        if self._asked is None or not self._ray.wait([self._asked], timeout=0)[0]:
+            return False
+        asked, self._asked = self._asked, None
+        with suppress(self._ray.exceptions.RayError):  # the mailbox begins anew, or is gone with who wanted the result
+            if self._ray.get(asked):
+                raise StoppedError
+        return True
 
 
 class _Mailbox:
-    """Runs beside the process that gave out the work: how far the tasks are."""
+    """Runs beside the process that gave out the work: how far the tasks are, and whether they shall stop."""
 
     def __init__(self) -> None:
         self._steps: dict[int, int] = {}
+        self._stopped = False
 
-    def put(self, number: int, steps: int) -> None:
+    def put(self, number: int, steps: int) -> bool:
+        """What the task is told in return: to stop."""
         self._steps[number] = steps
+        return self._stopped
 
     def take(self) -> dict[int, int]:
         """Steps of tasks that told any since the last time."""
         taken, self._steps = self._steps, {}
         return taken
+
+    def stop(self) -> None:
+        self._stopped = True
 
 
 @dataclass
@@ -233,7 +266,7 @@ class RayEngine:
                 done, _ = ray.wait(list(pending), timeout=_POLL_SECONDS)
                 self.room.look()
                 with suppress(ray.exceptions.RayError):  # a step more or less: it is told again with the result
-                    progress.reached(ray.get(mailbox.take.remote(), timeout=_CANCEL_SECONDS))
+                    progress.reached(ray.get(mailbox.take.remote(), timeout=_STOP_SECONDS))
                 for ref in done:
                     n_before, steps, result = self._result(ref)
                     self.n_restarted += n_before
@@ -241,7 +274,7 @@ class RayEngine:
                     give_out()
                     yield result
         finally:
-            self._cancel(list(pending))
+            self._stop(mailbox, list(pending))
             ray.kill(mailbox)
 
     def _result(self, ref: Any) -> tuple[int, int, Any]:
@@ -265,13 +298,13 @@ class RayEngine:
             raise EngineError(message) from error
         return answer
 
-    def _cancel(self, refs: list[Any]) -> None:
+    def _stop(self, mailbox: Any, refs: list[Any]) -> None:
         """End what runs, so that it cleans up after itself; it is killed where it does not."""
         if not refs:
             return
-        for ref in refs:
-            self.ray.cancel(ref)
-        _, left = self.ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_SECONDS)
+        with suppress(self.ray.exceptions.RayError):
+            self.ray.get(mailbox.stop.remote(), timeout=_STOP_SECONDS)
+        _, left = self.ray.wait(refs, num_returns=len(refs), timeout=_STOP_SECONDS)
         for ref in left:
             self.ray.cancel(ref, force=True)
 

@@ -11,7 +11,6 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +20,7 @@ from cfstore import EngineError, RoomWatch, StoreError, check_code, code_version
 from cftrain.memory import Allowance
 from cftrain.stopping import StopRequest, listening
 from cftrain.sweep.engines import Listener, process_died, process_stopped
-from cftrain.sweep.jobs import Job, Outcome
+from cftrain.sweep.jobs import Job, Outcome, State, state
 from cftrain.sweep.plan import Resources
 from cftrain.sweep.work import Place, do, note_error
 
@@ -33,8 +32,7 @@ lost power for 90."""
 _LEAVE_SECONDS: Final = 300.0
 """For jobs that were asked to stop to write their checkpoints."""
 _STOP_FILE: Final = ".stop"
-"""In the sweep's directory, while its jobs are to stop: what Ray interrupts a worker by gets lost where Python is in a
-callback, as in the midst of an import."""
+"""In the sweep's directory, while its jobs are to stop."""
 _LOOK_SECONDS: Final = 1.0
 
 
@@ -107,13 +105,12 @@ class OnRay:
                 room.look()
                 if stop and not leaving:
                     leaving = time.monotonic() + _LEAVE_SECONDS
-                    with suppress(OSError):  # a disk that is full: the interrupt may reach them all the same
-                        (jobs[0].run.out.parent / _STOP_FILE).touch()
-                    _cancel(ray, pending, force=False)
+                    _stop(ray, pending, jobs[0].run.out.parent / _STOP_FILE)
                 if leaving and time.monotonic() > leaving:
                     return
         finally:
-            _cancel(ray, pending, force=True)
+            for each in pending:
+                ray.cancel(each, force=True)
 
     def _outcome(self, ray: Any, reference: Any, job: Job, *, stopping: bool) -> Outcome:
         """What a task came to.
@@ -149,8 +146,11 @@ def _do(code: str, packed: bytes) -> Outcome:
     check_code(code)
     job, place, command, uuid = pickle.loads(packed)  # noqa: S301 - of the process that gave out the jobs, by Ray
     _check_sees(job.run.out.parent)
+    stopping = job.run.out.parent / _STOP_FILE
+    if stopping.exists():
+        return Outcome(job.name, "stopped")
     _check_store(job.store, uuid)
-    with listening(_Told(job.run.out.parent / _STOP_FILE)):
+    with listening(_Told(stopping)):
         return do(job, place, command)
 
 
@@ -224,9 +224,20 @@ def _check_fits(ray: Any, resources: Resources) -> None:
         raise EngineError(message)
 
 
-def _cancel(ray: Any, pending: dict[Any, Job], *, force: bool) -> None:
-    for reference in pending:
-        ray.cancel(reference, force=force)
+def _stop(ray: Any, pending: dict[Any, Job], file: Path) -> None:
+    """Stop the jobs that run by a file, and take back those that wait.
+
+    Where `ray.cancel` meets a task that has just ended, Ray 2.60 ends the process that called it ("Tried to complete
+    task that was not pending"): so it is only for jobs that have begun nothing, where the file could be written.
+    """
+    try:
+        file.touch()
+    except OSError:  # a disk that is full
+        waiting = list(pending)
+    else:
+        waiting = [each for each, job in pending.items() if state(job) is State.MISSING]
+    for each in reversed(waiting):  # the one that is next last: it may be begun at any moment
+        ray.cancel(each)
 
 
 def _failed(job: Job, text: str) -> Outcome:

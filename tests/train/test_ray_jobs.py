@@ -82,6 +82,24 @@ def test_a_node_that_lacks_the_store_or_has_another_in_its_place_is_named_and_tr
     assert not job.error_file.exists()
 
 
+def test_only_jobs_that_have_begun_nothing_are_taken_back_the_next_one_last_and_the_others_see_a_file(store, tmp_path):
+    """What `ray.cancel` is not for: a job that may end at this very moment."""
+    plan = read_plan(write_plan(tmp_path / "plan.toml", store, cohorts=("ONE",), models=("abmil",), seeds=range(4)))
+    jobs = jobs_of(plan)
+    for job, names in zip(jobs, (["config.toml"], ["summary.json", "report.html"]), strict=False):  # begun, done
+        job.run.out.mkdir(parents=True)
+        for name in names:
+            (job.run.out / name).touch()
+    pending, taken_back = {f"task {number}": job for number, job in enumerate(jobs)}, []
+    ray = SimpleNamespace(cancel=taken_back.append)
+    ray_jobs._stop(ray, pending, plan.out / ".stop")
+    assert taken_back == ["task 3", "task 2"]
+    assert (plan.out / ".stop").exists()
+    taken_back.clear()
+    ray_jobs._stop(ray, pending, plan.out / "no folder" / ".stop")  # as on a full disk
+    assert taken_back == ["task 3", "task 2", "task 1", "task 0"]
+
+
 def test_a_job_whose_interrupt_gets_lost_is_stopped_by_the_file_of_the_sweep(store, tmp_path):
     plan = read_plan(
         write_plan(tmp_path / "plan.toml", store, cohorts=("ONE",), models=("abmil",), seeds=(7,), epochs=200)
