@@ -443,8 +443,8 @@ class Bucket:
 
     def _no_credentials(self, what: str, key: str, error: BaseException) -> RemoteError:
         return RemoteError(
-            f"{self.shown(key)}: cannot {what} it without credentials: the environment has none, and this machine no "
-            f"role that could be asked for ({_line(error)}); set {credentials_of(self.url)}"
+            f"{self.shown(key)}: cannot {what} it without credentials; set {credentials_of(self.url)} "
+            f"(nor has this machine a role: {_line(error)})"
         )
 
 

@@ -389,7 +389,7 @@ def test_a_web_server_takes_no_writes_and_lists_nothing():
 @pytest.mark.parametrize(
     ("url", "asked_at", "words"),
     [
-        ("s3://b/s", {"AWS_METADATA_ENDPOINT": "http://{}"}, "set AWS_ACCESS_KEY_ID and .* AWS_SKIP_SIGNATURE=true$"),
+        ("s3://b/s", {"AWS_METADATA_ENDPOINT": "http://{}"}, "set AWS_ACCESS_KEY_ID and .* AWS_SKIP_SIGNATURE=true "),
         ("gs://b/s", {"GCE_METADATA_HOST": "{0}", "GCE_METADATA_IP": "{0}"}, "set GOOGLE_APPLICATION_CREDENTIALS or, "),
         (
             "az://b/s",
@@ -414,7 +414,7 @@ def test_without_credentials_the_variables_to_set_are_named_and_a_role_is_not_wa
         nobody.faults.append(Fault("status" if answered else "reset", status=404, times=999))
         for name, value in asked_at.items():
             monkeypatch.setenv(name, value.format(f"127.0.0.1:{nobody.port}"))
-        with pytest.raises(RemoteError, match=rf"^{url}/x: cannot read it without credentials: .*{words}"):
+        with pytest.raises(RemoteError, match=rf"^{url}/x: cannot read it without credentials; {words}"):
             Bucket(url).get("x")
         assert 1 <= len(nobody.log) <= 6
     assert len(waits) == (0 if answered else 2)
