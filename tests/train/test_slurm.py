@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -152,7 +153,8 @@ def test_a_submitit_job_on_slurm_goes_on_where_it_was_warned(alone, demo_store, 
     log = "".join(path.read_text() for path in tmp_path.glob("run.jobs/*.err"))
     assert process.returncode == 0, said + log
     assert slurm.restarts(job) == 1
-    assert "stopped by SIGUSR2; the checkpoints are written" in log
+    # SLURM's goes to every process of the step, and `checkpoint` sends its own: whichever the run sees first
+    assert re.search("stopped by SIGUSR[12]; the checkpoints are written", log)
     last = printed.splitlines()[-1]  # before it, submitit's warnings that this SLURM keeps no accounts
     assert json.loads(last) == json.loads((out / "summary.json").read_text())["c_index_patient"]
     assert_same(out, alone, tolerance=0)
