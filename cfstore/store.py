@@ -738,9 +738,10 @@ def open_store(path: Path | str, *, create: bool = False, cache: str | None = No
         return Store(open_mirror(str(path), setting))
     root = Path(path)
     if create and not has_store(root):
-        if root.exists() and (not root.is_dir() or not _is_blank(root)):
+        if not root.exists() or (root.is_dir() and _is_blank(root)):
+            _create(root)
+            prepare(root)
+        elif not has_store(root):  # else another process has just made it
             message = f"{root}: holds files but no store; name an empty or new folder with --store"
             raise StoreNotFoundError(message)
-        _create(root)
-        prepare(root)
     return Store(root)

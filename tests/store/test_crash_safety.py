@@ -25,6 +25,7 @@ import pytest
 
 import cfstore
 from cfstore import Store, StoreFormatError, StoreNotFoundError, catalog, shard_job
+from cfstore import store as store_module
 from cfstore.errors import DamagedShardError, StoreBusyError, StoreError
 from cfstore.ingest import prepare
 from cfstore.locks import write_lock
@@ -216,6 +217,23 @@ def test_two_ingests_of_one_folder_at_once_take_each_bag_once(tmp_path: Path, ma
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
     check_whole(cfstore.open(tmp_path / "store"), rows)
+
+
+def test_a_store_that_another_process_makes_while_one_looks_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ingests into a new folder at once: what the other put there is no file of something else."""
+    root, is_blank = tmp_path / "store", store_module._is_blank
+    root.mkdir()
+
+    def made_meanwhile(folder: Path) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, "_is_blank", is_blank)
+            cfstore.open(folder, create=True)
+        return is_blank(folder)
+
+    monkeypatch.setattr(store_module, "_is_blank", made_meanwhile)
+    assert cfstore.open(root, create=True).sql("FROM bags").num_rows == 0
 
 
 def test_an_open_reader_keeps_its_view_and_causes_no_second_registration(
