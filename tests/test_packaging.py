@@ -49,3 +49,11 @@ def test_the_wheel_asks_for_open_ranges_and_pins_nothing(wheel):
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     assert any("torch>=2.10" in line for line in required)
     assert "==" not in "".join(line.split(";")[0] for line in required)
+
+
+def test_the_repository_holds_nothing_that_everybody_would_download_for_ever():
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("no git repository")
+    large = [name for name in done.stdout.split("\0") if name and (ROOT / name).stat().st_size > 500_000]
+    assert large == []
