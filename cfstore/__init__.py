@@ -39,6 +39,7 @@ from cfstore.errors import (
     StoreNotFoundError,
     UnreadableFileError,
 )
+from cfstore.processes import end_with_parent
 from cfstore.ray_connection import RoomWatch, check_code, code_version, ray_cluster
 from cfstore.reader import SlideReader
 from cfstore.remote.locate import is_url
@@ -92,6 +93,7 @@ __all__ = [
     "check_code",
     "children_of",
     "code_version",
+    "end_with_parent",
     "is_url",
     "make_folds",
     "open",

@@ -41,13 +41,15 @@ def _begin(told: Any, stop: Any) -> None:
     global _told, _stop
     _told, _stop = told, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which tells us
-    _end_with_parent()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
-    """Watch the parent from now on, by a thread that ends before the interpreter.
+def end_with_parent() -> None:
+    """End with the process that started this one: nobody waits for the results of an orphan, who may be in the way.
 
-    One that still waits then keeps what its frames see alive, DuckDB's connection among it, and DuckDB complains.
+    To be called once in a process that multiprocessing spawned; elsewhere it does nothing. The watching thread ends
+    before the interpreter does: one that still waits then keeps what its frames see alive, DuckDB's connection among
+    it, of which DuckDB complains on stderr, a screen long.
     """
     parent = multiprocessing.parent_process()
     if parent is None:

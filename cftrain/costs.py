@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from cfstore import end_with_parent
 from cftrain.cache import size_text
 from cftrain.device import free_gpu
 from cftrain.drawn import drawn_batch
@@ -27,7 +28,6 @@ from cftrain.errors import MeasureError, TrainError
 from cftrain.footprint import blueprint, count_passes
 from cftrain.memory import free_ram
 from cftrain.models import BagBatch, SurvivalModel, build
-from cftrain.orphans import end_with_parent
 from cftrain.survival.losses import nll_survival
 from cftrain.zoo import model_info
 

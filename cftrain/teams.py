@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cfstore import end_with_parent
 from cftrain.cache import CachePlan
 from cftrain.config import RunConfig
 from cftrain.data import RunData
@@ -23,7 +24,6 @@ from cftrain.errors import RunError, StoppedError
 from cftrain.feed import Feed
 from cftrain.folds import inner_fold
 from cftrain.learner import Learner, seconds_before
-from cftrain.orphans import end_with_parent
 from cftrain.passes import Beat, Clock, Group, stopped, train
 from cftrain.ranks import ALONE, Ranks
 from cftrain.results import Epoch, FoldResult

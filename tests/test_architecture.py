@@ -47,7 +47,7 @@ FLOORS = {
         {"cli"},
     ],
     "cftrain": [
-        {"errors", "memory", "orphans", "stopping"},
+        {"errors", "memory", "stopping"},
         {"zoo", "cache", "ranks", "examples", "rank_agent", "rank_places"},
         {"config", "survival", "models", "device", "extras", "flops", "ray_ranks"},
         {"drawn"},

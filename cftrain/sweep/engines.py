@@ -17,9 +17,9 @@ from typing import Any, Final, Protocol
 
 import torch
 
+from cfstore import end_with_parent
 from cftrain.errors import ConfigError
 from cftrain.memory import Allowance, free_ram
-from cftrain.orphans import end_with_parent
 from cftrain.stopping import StopRequest
 from cftrain.sweep.jobs import Job, Outcome
 from cftrain.sweep.plan import Resources

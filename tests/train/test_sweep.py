@@ -410,6 +410,12 @@ def when_training(out, seconds=120):
         time.sleep(0.02)
 
 
+def workers_of(process):
+    """The processes of a sweep that do its jobs."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_begun_again_and_ends_the_same(store, tmp_path):
     reference = write_plan(tmp_path / "one" / "plan.toml", store, models=("abmil",), epochs=12)
@@ -417,9 +423,8 @@ def test_a_worker_that_is_killed_is_begun_again_and_ends_the_same(store, tmp_pat
     plan = write_plan(tmp_path / "two" / "plan.toml", store, models=("abmil",), epochs=12)
     process = command(plan, "--jobs", "2")
     when_training(plan.parent / "runs")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(int(workers[0]), signal.SIGKILL)
+    workers = workers_of(process)
+    os.kill(workers[0], signal.SIGKILL)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "its process died; it is begun again from its checkpoint" in err
@@ -431,10 +436,9 @@ def test_a_job_that_somebody_else_asks_to_stop_is_begun_again_from_its_checkpoin
     plan = write_plan(tmp_path / "plan.toml", store, models=("abmil",), seeds=(7,), epochs=40)
     process = command(plan, "--jobs", "2")
     when_training(tmp_path / "runs")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = workers_of(process)
     for pid in workers:
-        os.kill(int(pid), signal.SIGTERM)
+        os.kill(pid, signal.SIGTERM)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "it is begun again from its checkpoint" in err
@@ -447,10 +451,9 @@ def test_ctrl_c_in_a_terminal_is_heard_by_the_sweep_and_not_by_its_processes(sto
     plan = write_plan(tmp_path / "plan.toml", store, models=("abmil",), seeds=(7,), epochs=40)
     process = command(plan, "--jobs", "2")
     when_training(tmp_path / "runs")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = workers_of(process)
     for pid in workers * 2:
-        os.kill(int(pid), signal.SIGINT)
+        os.kill(pid, signal.SIGINT)
         time.sleep(0.05)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
