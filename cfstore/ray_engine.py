@@ -32,6 +32,7 @@ RETRIES: Final = 3
 _PATIENCE_SECONDS: Final = 1800.0  # hundreds of tasks may finish at once, and a machine that died lets go late
 _POLL_SECONDS: Final = 0.2
 _STOP_SECONDS: Final = 60.0
+_BEGIN_SECONDS: Final = 5.0  # for tasks that are being given out at this moment to be heard of
 _ANSWER_SECONDS: Final = 10.0
 _ASK_SECONDS: Final = 0.002
 _GIB: Final = 1 << 30
@@ -187,10 +188,12 @@ class _Mailbox:
 
     def __init__(self) -> None:
         self._steps: dict[int, int] = {}
+        self._begun: set[int] = set()
         self._stopped = False
 
     def put(self, number: int, steps: int) -> bool:
         """What the task is told in return: to stop."""
+        self._begun.add(number)
         self._steps[number] = steps
         return self._stopped
 
@@ -198,6 +201,10 @@ class _Mailbox:
         """Steps of tasks that told any since the last time."""
         taken, self._steps = self._steps, {}
         return taken
+
+    def begun(self) -> set[int]:
+        """The tasks that were heard of."""
+        return self._begun
 
     def stop(self) -> None:
         self._stopped = True
@@ -274,7 +281,7 @@ class RayEngine:
                     give_out()
                     yield result
         finally:
-            self._stop(mailbox, list(pending))
+            self._stop(mailbox, pending)
             ray.kill(mailbox)
 
     def _result(self, ref: Any) -> tuple[int, int, Any]:
@@ -298,15 +305,22 @@ class RayEngine:
             raise EngineError(message) from error
         return answer
 
-    def _stop(self, mailbox: Any, refs: list[Any]) -> None:
+    def _stop(self, mailbox: Any, pending: Mapping[Any, int]) -> None:
         """End what runs, so that it cleans up after itself; it is killed where it does not."""
-        if not refs:
+        if not pending:
             return
-        with suppress(self.ray.exceptions.RayError):
-            self.ray.get(mailbox.stop.remote(), timeout=_STOP_SECONDS)
-        _, left = self.ray.wait(refs, num_returns=len(refs), timeout=_STOP_SECONDS)
+        ray, left = self.ray, list(pending)
+        with suppress(ray.exceptions.RayError):
+            ray.get(mailbox.stop.remote(), timeout=_STOP_SECONDS)
+            _, left = ray.wait(left, num_returns=len(left), timeout=_BEGIN_SECONDS)
+            begun = ray.get(mailbox.begun.remote(), timeout=_STOP_SECONDS)
+            for ref in left:
+                if pending[ref] not in begun:  # it waits for a node, perhaps for ever
+                    ray.cancel(ref)
+        if left:
+            _, left = ray.wait(left, num_returns=len(left), timeout=_STOP_SECONDS)
         for ref in left:
-            self.ray.cancel(ref, force=True)
+            ray.cancel(ref, force=True)
 
 
 def _n_slots(ray: Any, memory: int, need: str) -> int:

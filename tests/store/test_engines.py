@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -349,3 +350,28 @@ def test_deriving_twice_answers_as_if_done_once(tmp_path: Path, make_cohort: Mak
     files = [path for path in (again.path / "derived").rglob("*") if path.is_file()]
     assert len(files) == len([path for path in (once.path / "derived").rglob("*") if path.is_file()])
     assert again.verify().findings == ()
+
+
+def test_of_the_tasks_to_stop_those_that_wait_for_a_node_are_taken_back_and_those_that_do_not_stop_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_engine, "_STOP_SECONDS", 0.0)
+    cancelled: list[tuple[str, bool]] = []
+    heard = {"ends": 0, "does not end": 1}
+
+    def cancel(ref: str, *, force: bool = False) -> None:
+        cancelled.append((ref, force))
+
+    def wait(refs: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        gone = {"ends", *(ref for ref, _ in cancelled)}
+        return [ref for ref in refs if ref in gone], [ref for ref in refs if ref not in gone]
+
+    ray = SimpleNamespace(
+        exceptions=SimpleNamespace(RayError=LookupError), get=lambda answer, timeout: answer, wait=wait, cancel=cancel
+    )
+    mailbox = SimpleNamespace(
+        stop=SimpleNamespace(remote=lambda: None), begun=SimpleNamespace(remote=lambda: set(heard.values()))
+    )
+    engine = ray_engine.RayEngine(ray, View(tmp_path, "", "", ()), 0, 1, ray_connection.RoomWatch(lambda: None))
+    engine._stop(mailbox, heard | {"waits": 2})
+    assert cancelled == [("waits", False), ("does not end", True)]
