@@ -134,7 +134,7 @@ def describe_derive(report: DeriveReport) -> Iterator[str]:
 def describe_cohort(row: Mapping[str, Any]) -> str:
     """A cohort of `StoreInfo.cohorts` in one line: its slides, and how many of them have a label."""
     return (
-        f"{row['cohort']}: {row['n_slides']} slides; with a label {row['n_labelled_slides']} "
+        f"{row['cohort']}: {row['n_slides']} slides; {row['n_labelled_slides']} with a label, "
         f"of {row['n_labelled_patients']} patients, {row['n_events']} events"
     )
 

@@ -199,12 +199,12 @@ def test_an_imported_table_says_what_it_replaces_and_how_many_slides_have_a_labe
         return done.stdout
 
     assert "replaces" not in (first := imported(right, "GBM"))
-    assert "in the store GBM: 2 slides; with a label 2 of 2 patients, 2 events" in first
+    assert "in the store GBM: 2 slides; 2 with a label, of 2 patients, 2 events" in first
     second = imported(wrong, "GBM")
     assert "replaces the table of cohort GBM imported before, 3 patients" in second
-    assert "2 slides; with a label 0 of 0 patients" in second
+    assert "2 slides; 0 with a label, of 0 patients" in second
     imported(right, "GBM")
-    assert "2 slides; with a label 0 of 0 patients" in imported(right, "GLIOMA")
+    assert "2 slides; 0 with a label, of 0 patients" in imported(right, "GLIOMA")
     lacking = json.loads(invoke("info", "--json", "--store", store).stdout)["slides_without_label"]
     assert {row["reason"] for row in lacking} == {"patient in the tables of several cohorts: GBM, GLIOMA"}
     for path in (store / "tables").glob("*-GLIOMA.parquet"):
