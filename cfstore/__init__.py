@@ -39,13 +39,13 @@ from cfstore.errors import (
     StoreNotFoundError,
     UnreadableFileError,
 )
+from cfstore.opening import open_store as open  # noqa: A004 - `cfstore.open(path)` is the contract
 from cfstore.processes import end_with_parent
 from cfstore.ray_connection import RoomWatch, check_code, code_version, ray_cluster
 from cfstore.reader import SlideReader
 from cfstore.remote.locate import is_url
 from cfstore.splits import Fold, SplitSet, make_folds
 from cfstore.store import IngestOptions, Store, plan_ingest
-from cfstore.store import open_store as open  # noqa: A004 - `cfstore.open(path)` is the contract
 from cfstore.tar_store import open_tars
 from cfstore.types import SCALES, Bag, SlideBags
 

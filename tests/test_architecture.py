@@ -42,7 +42,7 @@ FLOORS = {
         {"derived_check"},
         {"removal", "verify", "export", "bench", "derive", "prototypes"},
         {"store", "describe"},
-        {"tar_store"},
+        {"opening", "tar_store"},
         {""},
         {"cli"},
     ],

@@ -49,7 +49,7 @@ def bench_codecs(
         cfstore bench codecs --store cfstore-data --threads 8 --json
     """
     from cfstore import bench as library
-    from cfstore.store import open_store
+    from cfstore.opening import open_store
 
     nbytes = mb * 1_000_000
     if path is not None:

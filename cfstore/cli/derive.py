@@ -62,7 +62,7 @@ def derive(
     """
     from cfstore.derivation import Derivation
     from cfstore.describe import describe_derive
-    from cfstore.store import open_store
+    from cfstore.opening import open_store
 
     if n_prototypes is None and (splits or scale or seed is not None):
         message = "--splits, --scale and --seed are of --prototypes N: name it too"

@@ -48,7 +48,7 @@ def export(
         cfstore export shards/ --where "cohort = 'GBMLGG' AND age > 40"
         cfstore export h5/ --format h5 --cohort BLCA --encoder uni
     """
-    from cfstore.store import open_store
+    from cfstore.opening import open_store
 
     with progress("writing", "slides") as step:
         done = open_store(store).export(

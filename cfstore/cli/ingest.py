@@ -83,7 +83,8 @@ def ingest(
         cfstore ingest /shared/bags --store /shared/store --engine ray --address 10.0.0.5:6379
     """
     from cfstore.describe import describe_cohort, describe_plan, describe_report, plan_json, report_json
-    from cfstore.store import IngestOptions, has_store, open_store, plan_ingest
+    from cfstore.opening import has_store, open_store
+    from cfstore.store import IngestOptions, plan_ingest
 
     options = IngestOptions(
         cohort=cohort,

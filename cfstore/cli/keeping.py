@@ -31,7 +31,7 @@ def verify(deep: bool, threads: int | None, store: Path | str, as_json: bool) ->
         cfstore verify --deep
     """
     from cfstore.describe import describe_verify
-    from cfstore.store import open_store
+    from cfstore.opening import open_store
 
     with progress("verifying", "slides") as step:
         report = open_store(store).verify(deep=deep, threads=threads, progress=step)
@@ -53,7 +53,7 @@ def reindex(store: Path | str, as_json: bool) -> None:
     Example:
         cfstore reindex
     """
-    from cfstore.store import open_store
+    from cfstore.opening import open_store
 
     report = open_store(store).reindex()
     say = printer(as_json)
@@ -78,7 +78,7 @@ def rm(slides: tuple[str, ...], encoder: str | None, store: Path | str, as_json:
         cfstore rm slide1 slide2 --encoder uni
     """
     from cfstore.names import strip_suffixes
-    from cfstore.store import open_store
+    from cfstore.opening import open_store
 
     slide_ids = list(dict.fromkeys(strip_suffixes(slide) for slide in slides))
     opened = open_store(store)
@@ -105,7 +105,7 @@ def compact(store: Path | str, as_json: bool) -> None:
         cfstore compact
     """
     from cfstore.describe import describe_compact
-    from cfstore.store import open_store
+    from cfstore.opening import open_store
 
     with progress("compacting", "slides") as step:
         report = open_store(store).compact(step)

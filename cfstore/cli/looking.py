@@ -43,8 +43,8 @@ def sql(query: str, form: str | None, output: Path | None, runs: Path | None, st
         cfstore sql "SELECT * FROM bags WHERE scale = 20" -o bags.parquet
         cfstore sql "SELECT run, c_index FROM runs ORDER BY c_index DESC" --runs runs/
     """
+    from cfstore.opening import open_store
     from cfstore.runs import read_runs
-    from cfstore.store import open_store
 
     form = form or _BY_ENDING.get(output.suffix.lower() if output else "", "table")
     if form == "parquet" and output is None and sys.stdout.isatty():
@@ -119,7 +119,7 @@ def info(store: Path | str, as_json: bool) -> None:
         cfstore info
         cfstore info --json
     """
-    from cfstore.store import open_store
+    from cfstore.opening import open_store
 
     found = open_store(store).info()
     if as_json:
@@ -167,7 +167,7 @@ def show(slide: str, store: Path | str, as_json: bool) -> None:
         cfstore show TCGA-02-0047-01Z-00-DX1.4755D138-5842-4159-848C-4248D6D53DE0
     """
     from cfstore.names import strip_suffixes
-    from cfstore.store import open_store
+    from cfstore.opening import open_store
 
     found = open_store(store).slide_rows(strip_suffixes(slide))
     if as_json:

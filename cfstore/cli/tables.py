@@ -25,7 +25,7 @@ def clinical(file: Path, cohort: str | None, store: Path | str, as_json: bool) -
         cfstore clinical tcga_blca_all_clean.csv.zip --cohort BLCA
     """
     from cfstore.describe import describe_cohort
-    from cfstore.store import open_store
+    from cfstore.opening import open_store
 
     opened = open_store(store, create=True)
     counts = "SELECT cohort, count(*) AS n_patients FROM patients GROUP BY cohort ORDER BY cohort"
@@ -83,7 +83,7 @@ def splits(
         cfstore splits splits/tcga_blca --cohort BLCA
         cfstore splits --make 5
     """
-    from cfstore.store import open_store
+    from cfstore.opening import open_store
 
     if (folder is None) == (n_folds is None):
         message = "give a folder of splits_<k>.csv, or --make K"

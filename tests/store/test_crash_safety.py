@@ -24,8 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import cfstore
-from cfstore import Store, StoreFormatError, StoreNotFoundError, catalog, shard_job
-from cfstore import store as store_module
+from cfstore import Store, StoreFormatError, StoreNotFoundError, catalog, opening, shard_job
 from cfstore.errors import DamagedShardError, StoreBusyError, StoreError
 from cfstore.ingest import prepare
 from cfstore.locks import write_lock
@@ -223,16 +222,16 @@ def test_a_store_that_another_process_makes_while_one_looks_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ingests into a new folder at once: what the other put there is no file of something else."""
-    root, is_blank = tmp_path / "store", store_module._is_blank
+    root, is_blank = tmp_path / "store", opening._is_blank
     root.mkdir()
 
     def made_meanwhile(folder: Path) -> bool:
         with monkeypatch.context() as patch:
-            patch.setattr(store_module, "_is_blank", is_blank)
+            patch.setattr(opening, "_is_blank", is_blank)
             cfstore.open(folder, create=True)
         return is_blank(folder)
 
-    monkeypatch.setattr(store_module, "_is_blank", made_meanwhile)
+    monkeypatch.setattr(opening, "_is_blank", made_meanwhile)
     assert cfstore.open(root, create=True).sql("FROM bags").num_rows == 0
 
 

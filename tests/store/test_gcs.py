@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from buckets import upload
+from buckets import same_bags, upload
 from faulty_proxy import Fault, FaultyProxy
 
 import cfstore
@@ -51,13 +51,6 @@ def url(local: Store, bucket_url: str, s3: FaultyProxy, monkeypatch: pytest.Monk
     return bucket_url.replace("s3://", "gs://")
 
 
-def same(one: Any, other: Any) -> None:
-    assert one.bags.keys() == other.bags.keys()
-    for scale, bag in one.bags.items():
-        np.testing.assert_array_equal(bag.features, other.bags[scale].features, strict=True)
-        np.testing.assert_array_equal(bag.coords, other.bags[scale].coords)
-
-
 def test_only_a_server_on_this_machine_is_spoken_to_without_encryption_unless_it_is_asked_for():
     assert allows_http("gs://b/s", {"GOOGLE_BASE_URL": "http://127.0.0.1:4443"})
     assert not allows_http("gs://b/s", {"GOOGLE_BASE_URL": "http://storage.example:4443"})
@@ -68,11 +61,11 @@ def test_only_a_server_on_this_machine_is_spoken_to_without_encryption_unless_it
 def test_slides_rows_and_sql_are_those_of_the_folder(local: Store, url: str) -> None:
     remote = cfstore.open(url)
     for slide_id in SLIDES:
-        same(local.slide(slide_id), remote.slide(slide_id))
+        same_bags(local.slide(slide_id), remote.slide(slide_id))
     readers = [store.reader("uni", [5, 20], SLIDES, with_coords=True) for store in (local, remote)]
     for one, other in zip(*(reader.stream(SLIDES) for reader in readers), strict=True):
         assert one.slide_id == other.slide_id
-        same(one, other)
+        same_bags(one, other)
     one, other = (reader.read_rows("s2", 20, [(0, 2), (1, 3)]) for reader in readers)
     np.testing.assert_array_equal(one.features, other.features)
     query = "SELECT slide_id, scale, n_patches, digest FROM bags ORDER BY ALL"
@@ -102,7 +95,7 @@ def test_a_server_that_fails_is_asked_again(local: Store, url: str, s3: FaultyPr
         Fault("reset", "GET .*c.*0.*0"),
         Fault("cut", "GET .*c"),
     ]
-    same(remote.slide("s2"), local.slide("s2"))
+    same_bags(remote.slide("s2"), local.slide("s2"))
     assert [fault.hits for fault in s3.faults] == [1, 1, 1]
 
 

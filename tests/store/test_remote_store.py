@@ -11,7 +11,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pytest
-from buckets import upload
+from buckets import same_bags, upload
 from click.testing import CliRunner
 from faulty_proxy import Fault, FaultyProxy
 
@@ -57,13 +57,6 @@ def pair(tmp_path: Path, folder: Path, url: str, **options: Any) -> tuple[Store,
     return local, cfstore.open(url)
 
 
-def same(one: Any, other: Any) -> None:
-    assert one.bags.keys() == other.bags.keys()
-    for scale, bag in one.bags.items():
-        np.testing.assert_array_equal(bag.features, other.bags[scale].features, strict=True)
-        np.testing.assert_array_equal(bag.coords, other.bags[scale].coords)
-
-
 # -- the same as in a folder ---------------------------------------------------------------------
 
 
@@ -83,13 +76,13 @@ def same(one: Any, other: Any) -> None:
 def test_every_slide_comes_as_from_a_folder_whatever_the_format(tmp_path, folder, bucket_url, options):
     local, remote = pair(tmp_path, folder, bucket_url, **options)
     for slide_id in SLIDES:
-        same(local.slide(slide_id), remote.slide(slide_id))
+        same_bags(local.slide(slide_id), remote.slide(slide_id))
     for scales in ([20], [5, 20], [5, 10, 20]):
         for with_coords in (False, True):
             here, there = (store.reader("uni", scales, SLIDES, with_coords=with_coords) for store in (local, remote))
             for one, other in zip(here.stream(SLIDES), there.stream(SLIDES), strict=True):
                 assert one.slide_id == other.slide_id
-                same(one.dequantised(), other.dequantised())
+                same_bags(one.dequantised(), other.dequantised())
     rows = [(0, 2), (1, 3)]
     one, other = (
         store.reader("uni", [20], SLIDES, with_coords=True).read_rows("s2", 20, rows) for store in (local, remote)
@@ -158,7 +151,7 @@ def test_derived_arrays_and_prototypes_are_read_and_one_request_brings_a_slides_
 def test_it_can_be_exported(tmp_path, folder, bucket_url):
     _, remote = pair(tmp_path, folder, bucket_url)
     assert remote.export(tmp_path / "out").n_slides == 3
-    same(cfstore.open_tars(tmp_path / "out").slide("s1"), remote.slide("s1"))
+    same_bags(cfstore.open_tars(tmp_path / "out").slide("s1"), remote.slide("s1"))
 
 
 def test_commands_that_look_take_an_address(tmp_path, folder, bucket_url, monkeypatch):
@@ -245,7 +238,7 @@ def test_a_mirror_is_downloaded_once_and_again_when_the_catalog_changed(tmp_path
     assert newer.path != remote.path
     assert newer.sql("SELECT count(DISTINCT slide_id) AS n FROM bags").to_pylist() == [{"n": 4}]
     assert remote.sql("SELECT count(DISTINCT slide_id) AS n FROM bags").to_pylist() == [{"n": 3}]
-    same(local.slide("t1"), newer.slide("t1"))
+    same_bags(local.slide("t1"), newer.slide("t1"))
 
 
 def test_a_mirror_that_was_cut_off_is_made_again(tmp_path, folder, bucket_url, s3):
@@ -294,7 +287,7 @@ def test_faults_that_pass_change_nothing(tmp_path, folder, bucket_url, s3, kind)
     s3.faults += [Fault(kind, "GET .*catalog", times=2), Fault(kind, "GET .*c/0/0", times=5)]
     remote = cfstore.open(bucket_url)
     for slide_id in SLIDES:
-        same(local.slide(slide_id), remote.slide(slide_id))
+        same_bags(local.slide(slide_id), remote.slide(slide_id))
     assert [fault.hits for fault in s3.faults] == [2, 5]
 
 
@@ -346,7 +339,7 @@ def test_a_shard_that_was_compacted_meanwhile_is_followed(tmp_path, folder, buck
     local.remove(["s1"])
     local.compact()
     _replace(local, bucket_url)
-    same(reader.read("s2"), expected)
+    same_bags(reader.read("s2"), expected)
 
 
 def test_a_slide_that_was_ingested_with_other_values_meanwhile_is_an_error(tmp_path, folder, bucket_url, make_cohort):
